@@ -1,0 +1,62 @@
+# Every target sets up what it needs on first use: an active environment (venv, conda, or a container that has w2r2
+# installed) is used as it is; otherwise .venv is made from requirements.lock.
+SHELL := /bin/bash
+PYTHON ?= python3
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(shell $(PYTHON) -c 'import importlib.metadata as m, sys; m.version("w2r2"); print(sys.prefix)' 2>/dev/null))
+ENV := $(or $(ACTIVE),$(CURDIR)/.venv)
+READY := build/.ready-$(subst /,-,$(ENV))
+
+export PATH := $(ENV)/bin:$(PATH)
+export OMP_NUM_THREADS ?= 1
+export MATPLOTLIBRC := $(CURDIR)/matplotlibrc
+
+.DEFAULT_GOAL := help
+.PHONY: help repro test check notebooks readme docs lab lock
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): requirements.lock setup.py settings.ini
+	@mkdir -p build
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "w2r2 needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+ifeq ($(ACTIVE),)
+	$(PYTHON) -m venv .venv
+	pip install --quiet --disable-pip-version-check -r requirements.lock
+	pip install --quiet --disable-pip-version-check --no-deps -e .
+else
+	@python -c 'import w2r2.engine, dvc, nbdev, pytest' 2>/dev/null || python -m pip install -e '.[pipeline,dev]'
+endif
+	@touch $@
+
+repro: $(READY) ## the main job: regenerate everything that dvc.yaml describes
+	dvc repro
+
+test: $(READY) ## the library notebooks (nbdev_test), then what a notebook cannot show (pytest)
+	nbdev_test --n_workers 2
+	pytest
+
+check: $(READY) ## w2r2/ in step with nbs/, notebooks clean, data as pinned
+	nbdev_export
+	nbdev_clean
+	@git diff --exit-code --stat -- w2r2 nbs || { echo 'Out of step: w2r2/ and nbs/ have just been exported and cleaned; look at the change and commit it.'; exit 1; }
+	@dvc status --quiet data.dvc || { echo 'data/ differs from data.dvc: restore it (git checkout data), or pin the change (dvc add --no-commit data).'; exit 1; }
+	@echo 'w2r2/ in step, notebooks clean, data as pinned'
+
+notebooks: $(READY) ## execute the library notebooks in place
+	for notebook in nbs/[0-9]*.ipynb; do papermill --engine w2r2 --cwd nbs --stderr-file /dev/stderr --no-progress-bar $$notebook $$notebook || exit 1; done
+	nbdev_clean
+
+readme: $(READY) ## README.md from nbs/index.ipynb
+	jupyter nbconvert --to markdown --stdout --log-level WARN nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md
+
+docs: $(READY) ## the site, in _docs/
+	sphinx-build -q -b html nbs _docs
+	@echo 'open _docs/index.html'
+
+lab: $(READY) ## JupyterLab on the notebooks
+	jupyter lab nbs/index.ipynb
+
+lock: $(READY) ## requirements.lock from settings.ini (needs uv; wheels of torch without CUDA in its find-links)
+	uv pip compile --quiet --upgrade --all-extras --no-header --no-annotate --python-version 3.11 -o requirements.lock setup.py
+	sed -i 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements.lock
+	@! grep -iE '^(nvidia|triton|cuda)' requirements.lock || { echo 'The lock holds CUDA packages: compile it where pip finds a CPU build of torch.'; exit 1; }
