@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EDGES', 'uniform_views', 'voxel_bits', 'coverage_views', 'visible_pixels', 'projected_areas', 'best_views']
 
-# %% ../nbs/16_views.ipynb #d7e8cc22
+# %% ../nbs/16_views.ipynb #c8e448ea
 import numpy as np, pandas as pd
+from .cameras import invert_rigid, transform_points
 
 # %% ../nbs/16_views.ipynb #7eeb75a1
 def uniform_views(
@@ -58,7 +59,7 @@ def visible_pixels(
     views = np.arange(len(instances))[:, None, None] * (count + 1)
     return np.bincount((instances.astype(np.int64) + views).ravel(), minlength=len(instances) * (count + 1)).reshape(len(instances), -1)[:, 1:]
 
-# %% ../nbs/16_views.ipynb #d01508fe
+# %% ../nbs/16_views.ipynb #68c011f2
 EDGES = np.array([[a, b] for a in range(8) for b in range(a + 1, 8) if bin(a ^ b).count("1") == 1])    # corner pairs that differ in one axis
 
 def projected_areas(
@@ -70,17 +71,16 @@ def projected_areas(
 ) -> np.ndarray:             # (V, B) [pixel^2]
     "Area of the part of each box's bounding rectangle that lies within each image."
     corners = boxes[:, None, :3] + ((np.arange(8)[:, None] >> np.arange(3) & 1) - 0.5) * boxes[:, None, 3:]
-    world_to_camera = np.linalg.inv(poses)[:, None]
-    seen = corners @ world_to_camera[..., :3, :3].swapaxes(-1, -2) + world_to_camera[..., None, :3, 3]             # (V, B, 8, 3)
+    seen = transform_points(invert_rigid(poses)[:, None], corners)                                                 # (V, B, 8, 3)
     start, end = seen[..., EDGES[:, 0], :], seen[..., EDGES[:, 1], :]
     low, high = np.where(start[..., 2:] < end[..., 2:], start, end), np.where(start[..., 2:] < end[..., 2:], end, start)
     part = np.clip((near - low[..., 2:]) / np.maximum(high[..., 2:] - low[..., 2:], 1e-12), 0, 1)
     ends = np.concatenate([low + part * (high - low), high], -2)                                                   # what is left of each edge
     ahead = ends[..., 2] >= near * (1 - 1e-9)
     pixels = ends[..., :2] / np.where(ahead, ends[..., 2], 1)[..., None] * intrinsics[[0, 1], [0, 1]] + intrinsics[:2, 2]
-    limit = np.array(size, float)
-    first = np.where(ahead[..., None], pixels, np.inf).min(-2).clip(0, limit)
-    last = np.where(ahead[..., None], pixels, -np.inf).max(-2).clip(0, limit)
+    edge = np.array(size) - 0.5                                                                                    # integers are pixel centres
+    first = np.where(ahead[..., None], pixels, np.inf).min(-2).clip(-0.5, edge)
+    last = np.where(ahead[..., None], pixels, -np.inf).max(-2).clip(-0.5, edge)
     return np.maximum(last - first, 0).prod(-1)
 
 # %% ../nbs/16_views.ipynb #d3067aec
