@@ -102,26 +102,33 @@ def points_in_boxes(
         offset = offset @ euler_to_matrix(boxes[..., 6:])
     return (offset.abs() <= boxes[..., None, 3:6] / 2).all(-1)
 
+# %% ../nbs/00_geometry.ipynb #d0a01c5a
+def _lengths(
+    a: torch.Tensor,  # (..., 6) axis-aligned boxes [m]
+    b: torch.Tensor,  # (..., 6)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (..., 3) sizes of a, sizes of b, overlaps
+    "Sizes of two boxes, and their overlap along each axis (negative: a gap)."
+    a, b = to_min_max(a), to_min_max(b)
+    overlap = torch.minimum(a[..., 3:], b[..., 3:]) - torch.maximum(a[..., :3], b[..., :3])
+    return a[..., 3:] - a[..., :3], b[..., 3:] - b[..., :3], overlap
+
 # %% ../nbs/00_geometry.ipynb #6ebbaff3
 EPSILON = {"scanrefer": 1e-8, "scan2cap": 1e-8, "video3dllm": 1e-8, "leo": 1e-8,  # added to the union [m³]
            "seqvlm": 0.0, "seeground": 0.0, "vlm_grounder": 0.0,
            "vgllm": 1e-4}  # for `box_iou_oriented`: smallest face triangle [m²]
 
-# %% ../nbs/00_geometry.ipynb #c4563328
+# %% ../nbs/00_geometry.ipynb #9097b98e
 def box_iou(
     a: torch.Tensor,  # (..., 6) axis-aligned boxes [m]
     b: torch.Tensor,  # (..., 6), broadcast against `a`
     eps: float = 0.0,  # added to the union [m³]; the published values are in `EPSILON`
 ) -> torch.Tensor:  # (...)
     "Axis-aligned 3D IoU of pairs of boxes; 0 where the union is empty, NaN where a coordinate is NaN."
-    a, b = to_min_max(a), to_min_max(b)
-    volume_a, volume_b = ((box[..., 3:] - box[..., :3]).clamp(min=0).prod(-1) for box in (a, b))
-    overlap = torch.minimum(a[..., 3:], b[..., 3:]) - torch.maximum(a[..., :3], b[..., :3])
-    intersection = overlap.clamp(min=0).prod(-1)
+    volume_a, volume_b, intersection = (lengths.clamp(min=0).prod(-1) for lengths in _lengths(a, b))
     union = volume_a + volume_b - intersection + eps
     return intersection / torch.where(union == 0, 1, union)
 
-# %% ../nbs/00_geometry.ipynb #72bd2c8f
+# %% ../nbs/00_geometry.ipynb #e15b72a6
 def box_iou_soft(
     a: torch.Tensor,  # (..., 6) axis-aligned boxes [m], for instance expected boxes under predicted bins
     b: torch.Tensor,  # (..., 6), broadcast against `a`
@@ -130,16 +137,14 @@ def box_iou_soft(
 ) -> torch.Tensor:  # (...)
     "IoU with softened lengths: a useful gradient at any distance, 1 exactly for equal boxes."
     if not temperature > 0:
-        raise ValueError(f"temperature {temperature}: must be above zero")
-    low_high = [to_min_max(box) for box in (a, b)]
-    overlap = torch.minimum(*(box[..., 3:] for box in low_high)) - torch.maximum(*(box[..., :3] for box in low_high))
+        raise ValueError(f"temperature {temperature}: must be above zero (metres)")
 
     def log_volume(lengths):
         x = lengths / temperature
         # softplus(x) = exp(x) to the last digit below -30, where its logarithm would underflow
         return torch.where(x < -30, x, torch.nn.functional.softplus(x.clamp(min=-30)).log()).sum(-1)
 
-    intersection, volume_a, volume_b = torch.broadcast_tensors(*map(log_volume, (overlap, a[..., 3:], b[..., 3:])))
+    volume_a, volume_b, intersection = map(log_volume, _lengths(a, b))
     largest = torch.maximum(volume_a, volume_b)
     union = (volume_a - largest).exp() + (volume_b - largest).exp() - (intersection - largest).exp()
     result = intersection - largest - union.log()
@@ -197,14 +202,15 @@ def _intersection_volume(
     flux = moment + hx * area + 2 * hx * (whole - area)
     return flux.unflatten(0, (len(_FACES), -1)).sum(0)
 
-# %% ../nbs/00_geometry.ipynb #ddf04ddd
+# %% ../nbs/00_geometry.ipynb #ffcc96a7
 def box_iou_oriented(
     a: torch.Tensor,  # (..., 9) oriented boxes: centre, size [m], intrinsic Z-X-Y angles [rad]
     b: torch.Tensor,  # (..., 9), broadcast against `a`
     eps: float = 0.0,  # pairs with a face triangle below this area score 0 [m²]; `EPSILON["vgllm"]` for VG-LLM's operator
 ) -> torch.Tensor:  # (...), differentiable almost everywhere
     "Exact IoU of pairs of oriented boxes; 0 where a box has no volume, NaN where a number is NaN."
-    _check_boxes(a, 9), _check_boxes(b, 9)
+    _check_boxes(a, 9)
+    _check_boxes(b, 9)
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = torch.broadcast_tensors(a.double(), b.double())
     shape, a, b = a.shape[:-1], a.reshape(-1, 9), b.reshape(-1, 9)
@@ -227,11 +233,18 @@ def box_iou_oriented(
     iou = torch.where(triangle < eps, 0, iou)
     return torch.where((a + b).isnan().any(-1), torch.nan, iou).reshape(shape).to(dtype)
 
-# %% ../nbs/00_geometry.ipynb #ba51e744
+# %% ../nbs/00_geometry.ipynb #ed9cb0b3
+def _check_scores(score):
+    "Raise unless all scores are finite or minus infinity."
+    if not (score < torch.inf).all():
+        raise ValueError("scores must be finite, or -inf where a pair is not allowed: found NaN or +inf")
+
+# %% ../nbs/00_geometry.ipynb #a450d29d
 def match_greedy(
     score: torch.Tensor,  # (P, G) score of every prediction with every object, -inf where not allowed
 ) -> torch.Tensor:  # (P,) int64 chosen object, -1 for none
-    "Match predictions in the given order, each to its best free object."
+    "Match predictions in the given order, each to its best free object; raises ValueError for NaN or +inf scores."
+    _check_scores(score)
     free = score.clone()
     chosen = torch.full((score.shape[0],), -1)
     for row in range(score.shape[0] if score.shape[1] else 0):
@@ -241,15 +254,14 @@ def match_greedy(
             free[:, column] = -torch.inf
     return chosen
 
-# %% ../nbs/00_geometry.ipynb #365de403
+# %% ../nbs/00_geometry.ipynb #a8eeb992
 def match_one_to_one(
     score: torch.Tensor,  # (P, G) score of every prediction with every object, -inf where not allowed
 ) -> torch.Tensor:  # (P,) int64 chosen object, -1 for none
     "Best one-to-one matching (Hungarian algorithm); raises ValueError for NaN or +inf scores."
+    _check_scores(score)
     table = score.detach().double().cpu()
     allowed = table > -torch.inf
-    if not (table < torch.inf).all():
-        raise ValueError("scores must be finite, or -inf where a pair is not allowed: found NaN or +inf")
     # a forbidden pair costs more than all allowed ones together can gain
     worst = -(2 * table[allowed].abs().max() * min(table.shape) + 1) if allowed.any() else torch.tensor(-1.0)
     rows, columns = map(torch.as_tensor, linear_sum_assignment(torch.where(allowed, table, worst).numpy(), maximize=True))
