@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Interval', 'wilson', 'draw_counts', 'resampled_sums', 'sums_and_figure', 'bootstrap', 'Difference',
-           'paired_difference']
+           'paired_difference', 'Measure']
 
-# %% ../nbs/22_statistics.ipynb #07977474
+# %% ../nbs/22_statistics.ipynb #ae5828ce
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -124,3 +125,38 @@ def paired_difference(
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
     return Difference(float(difference(both.sum(0))), float(low), float(high), len(both), float(min(1, 2 * (tail + 1) / (resamples + 1))))
+
+# %% ../nbs/22_statistics.ipynb #1f71b634
+@dataclass
+class Measure:
+    "One named figure of a benchmark, with the values behind it."
+    name: str
+    values: np.ndarray | None             # (n,) or (n, k) one row for each record; None: not computed, or only as a whole
+    groups: np.ndarray                    # (n,) scene of each record
+    statistic: Callable | None = None     # sums (..., k) -> figures (...); None: the mean
+    scale: float = 1.                     # published unit
+    whole: float | None = None            # the figure, where records do not add up to it
+    note: str = ""                        # why there is no figure, or no interval
+    seeds: np.ndarray | None = None       # (n,) run of each record
+
+    @property
+    def n(self) -> int: return len(self.groups)
+
+    @property
+    def figure(self) -> float | None:
+        "The published figure, None where it was not computed."
+        if self.values is None: return None if self.whole is None else self.scale * self.whole
+        sums, statistic = sums_and_figure(self.values, self.statistic)
+        return self.scale * float(statistic(sums.sum(0)))
+
+    def interval(self, resamples: int = 10_000, rng=0) -> Interval:
+        "The figure with its bootstrap interval over scenes (and runs); bounds are None where records do not add up."
+        if self.values is None: return Interval(self.figure, None, None, self.n)
+        value, low, high, n = bootstrap(self.values, self.groups, self.seeds, self.statistic, resamples, rng=rng)
+        return Interval(self.scale * value, self.scale * low, self.scale * high, n)
+
+    def binomial(self) -> Interval | None:
+        "Wilson's interval if the values are shares of fewer than 1,000 records, else None."
+        if self.values is None or self.statistic or self.n >= 1000 or not np.isin(self.values, (0, 1)).all(): return None
+        value, low, high, n = wilson(self.values.sum(), self.n)
+        return Interval(self.scale * value, self.scale * low, self.scale * high, n)
