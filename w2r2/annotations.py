@@ -6,7 +6,7 @@
 __all__ = ['read_text', 'read_scene_info', 'write_scene_info', 'Group', 'read_segments', 'write_segments', 'read_aggregation',
            'write_aggregation', 'LabelImages', 'write_label_images', 'LabelTable', 'read_split', 'write_split']
 
-# %% ../nbs/06_annotations.ipynb #681ed5d3
+# %% ../nbs/06_annotations.ipynb #04e4c9a8
 import csv, io, json, re, zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .files import MAX_EXPANSION, ScanNetError, atomic_write, decode_image, regular_file
+from .files import MAX_EXPANSION, SCENE_ID, ScanNetError, atomic_write, decode_image, regular_file
 
 # %% ../nbs/06_annotations.ipynb #5ccd91f9
 def read_text(
@@ -118,12 +118,14 @@ def write_aggregation(
     return _write_json(path, {'sceneId': f'scannet.{scene_id}', 'appId': 'w2r2', 'segmentsFile': f'scannet.{scene_id}_vh_clean_2.0.010000.segs.json',
         'segGroups': [{'id': group.object_id, 'objectId': group.object_id, 'segments': list(group.segments), 'label': group.label} for group in groups]})
 
-# %% ../nbs/06_annotations.ipynb #d0831643
+# %% ../nbs/06_annotations.ipynb #b9714439
 class LabelImages(Mapping):
     "Images of a `2d-instance` or `2d-label` zip by frame number, decoded on access."
     def __init__(self,
         path: str | Path,   # <scene>_2d-{instance,label}[-filt].zip
+        size: tuple[int, int] | None = None,   # width and height that all images must have; None: any
     ):
+        self.size = size
         self.path = regular_file(path)
         with self._open() as archive:
             names = [re.fullmatch(r'(?:[\w-]+/)?([0-9]{1,9})\.png', name) for name in archive.namelist()]
@@ -145,7 +147,7 @@ class LabelImages(Mapping):
             if info.file_size > MAX_EXPANSION * self.path.stat().st_size: raise ScanNetError(self.path, name, f'claims {info.file_size:,} bytes')
             try: blob = archive.read(info)
             except Exception as error: raise ScanNetError(self.path, name, f'is damaged ({error})') from error
-        image = decode_image(blob, ['PNG'], None, self.path, name)
+        image = decode_image(blob, ['PNG'], self.size, self.path, name)
         if image.mode not in ('L', 'I;16'): raise ScanNetError(self.path, name, f'PNG of mode {image.mode} instead of 8 or 16-bit grey')
         return np.array(image, np.uint8 if image.mode == 'L' else np.uint16)
 
@@ -201,13 +203,13 @@ class LabelTable:
         with atomic_write(path) as file: file.write(text.getvalue().encode())
         return Path(path)
 
-# %% ../nbs/06_annotations.ipynb #36483a0d
+# %% ../nbs/06_annotations.ipynb #d90b5c23
 def read_split(
     path: str | Path,
 ) -> list[str]:   # scene ids in the order of the file
     "Scene ids of a split; raises `ScanNetError` for anything that is none, and for repetitions."
     scenes = read_text(path).split()
-    wrong = next((i for i, scene in enumerate(scenes) if not re.fullmatch('scene[0-9]{4}_[0-9]{2}', scene)), None)
+    wrong = next((i for i, scene in enumerate(scenes) if not SCENE_ID.fullmatch(scene)), None)
     if wrong is not None: raise ScanNetError(path, f'entry {wrong + 1}', f'{scenes[wrong][:40]!r} is no scene id')
     if len(set(scenes)) < len(scenes): raise ScanNetError(path, 'list', 'one scene is there twice')
     return scenes

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'write_matrix', 'read_matrix', 'export_frames', 'FrameFolder', 'open_frames']
 
-# %% ../nbs/04_frames.ipynb #e480d23c
+# %% ../nbs/04_frames.ipynb #cd908aac
 import io, os, re
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .files import ScanNetError, atomic_write, decode_image, inside, regular_file
+from .files import ScanNetError, atomic_write, inside, open_image, regular_file
 from .sens import Frame, Sens, SensHeader, encode_frame, usable_poses, write_sens
 
 # %% ../nbs/04_frames.ipynb #1c42cc71
@@ -72,7 +72,7 @@ def export_frames(
     for part in names.keys() - {'color', 'depth', 'pose'}: write_matrix(folder / names[part], getattr(header, part))
     return folder
 
-# %% ../nbs/04_frames.ipynb #52baf7b0
+# %% ../nbs/04_frames.ipynb #d784247b
 class FrameFolder:
     "Random access to an exported recording, with the interface of `Sens`."
     def __init__(self,
@@ -103,13 +103,15 @@ class FrameFolder:
 
     @cached_property
     def header(self) -> SensHeader:
-        "Cameras, and the image sizes of the first frame. Raises `ScanNetError`."
+        "Cameras, and the image sizes that the first and the last frame agree on. Raises `ScanNetError`."
         cameras = {part: read_matrix(inside(self.path, name)) for part, name in LAYOUTS[self.layout].items()
                    if part not in ('color', 'depth', 'pose') and (self.path / name).is_file()}
         if 'intrinsic_depth' not in cameras: raise ScanNetError(self.path, 'folder', 'holds no depth camera', 'Export the scan again')
-        first = int(self.numbers[0])
-        sizes = {f'{part}_size': decode_image(self._file(part, first).read_bytes(), [kind], None, self._file(part, first), 'first image').size
-                 for part, kind in (('color', 'JPEG'), ('depth', 'PNG'))}
+        sizes = {}
+        for part, kind in (('color', 'JPEG'), ('depth', 'PNG')):
+            for number in self.numbers[[0, -1]].tolist():   # all others are checked when they are decoded
+                path = self._file(part, number)
+                sizes[f'{part}_size'] = open_image(path.read_bytes(), [kind], sizes.get(f'{part}_size'), path, 'image').size
         return SensHeader(**cameras, **sizes, depth_compression='png_ushort').check(self.path)
 
     @cached_property

@@ -60,7 +60,7 @@ def instance_boxes(
 # %% ../nbs/07_scannet.ipynb #e8c4e973
 KEEP = {'scanrefer': frozenset(range(3, 41)) - {22}, 'video3dllm': frozenset(range(41))}   # nyu40 ids whose objects are kept
 
-# %% ../nbs/07_scannet.ipynb #c3c91426
+# %% ../nbs/07_scannet.ipynb #1dfa755b
 class Scan:
     "One scan of a ScanNet release; every part is read, checked and kept on first use. Raises `ScanNetError`."
     def __init__(self,
@@ -172,7 +172,7 @@ class Scan:
     def instance_images(self) -> LabelImages:
         "Object id + 1 per pixel of the colour camera, by frame number; the filtered images if there are any."
         path = self.file('_2d-instance-filt.zip')
-        return LabelImages(path if path.is_file() else self.file('_2d-instance.zip'))
+        return LabelImages(path if path.is_file() else self.file('_2d-instance.zip'), self.frames.header.color_size)
 
 # %% ../nbs/07_scannet.ipynb #fd0329f4
 def objects_of_vertices(

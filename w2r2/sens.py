@@ -18,7 +18,7 @@ from PIL import Image
 
 from .files import MAX_EXPANSION, MAX_PIXELS, MAX_SIDE, ScanNetError, atomic_write, decode_image, regular_file
 
-# %% ../nbs/03_sens.ipynb #4fe5411a
+# %% ../nbs/03_sens.ipynb #c22807ea
 COLOR_CODES = {'unknown': -1, 'raw': 0, 'png': 1, 'jpeg': 2}
 DEPTH_CODES = {'unknown': -1, 'raw_ushort': 0, 'zlib_ushort': 1, 'occi_ushort': 2}
 
@@ -49,7 +49,7 @@ class SensHeader:
             width, height = getattr(self, name)
             if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS):
                 fail(name, f'{width} x {height} pixels is no image size')
-        if not (np.isfinite(self.depth_shift) and self.depth_shift > 0): fail('depth_shift', f'{self.depth_shift} is not positive')
+        if not 1 <= self.depth_shift <= 2 ** 16: fail('depth_shift', f'{self.depth_shift} units per metre make no depth of 16 bits')
         return self
 
 # %% ../nbs/03_sens.ipynb #b37c23da
@@ -72,7 +72,7 @@ def pack_header(
     fields['depth_shift'], fields['frames'] = header.depth_shift, frames
     return _START.pack(4, len(name)) + name + fields.tobytes()
 
-# %% ../nbs/03_sens.ipynb #e930963e
+# %% ../nbs/03_sens.ipynb #69edd83d
 def unpack_header(
     data: bytes | mmap.mmap,   # the stream
     file: str | Path,          # named in errors
@@ -85,7 +85,8 @@ def unpack_header(
     if length > 4096 or start + _FIELDS.itemsize > len(data):
         raise ScanNetError(file, 'byte 4', f'a sensor name of {length:,} bytes leaves no room for the header')
     fields = np.frombuffer(data[start:start + _FIELDS.itemsize], _FIELDS)[0]
-    matrices, sizes = fields['matrices'].astype(np.float64), fields['sizes'].tolist()
+    with np.errstate(invalid='ignore'): matrices = fields['matrices'].astype(np.float64)   # NaN is found by the check below
+    sizes = fields['sizes'].tolist()
     names = []
     for codes, code, kind in zip((COLOR_CODES, DEPTH_CODES), fields['compression'].tolist(), ('colour', 'depth')):
         names.append(next((name for name, known in codes.items() if known == code), None))
@@ -242,7 +243,7 @@ def index_frames(
             raise ScanNetError(file, f'frame {i} at byte {offsets[-1] - _RECORD.itemsize:,}', f'the file ends inside this frame ({len(data):,} bytes)')
     return np.frombuffer(b''.join(records), _RECORD), np.array(offsets, np.int64), start
 
-# %% ../nbs/03_sens.ipynb #48467e11
+# %% ../nbs/03_sens.ipynb #5edd0998
 class Sens:
     "A `.sens` version 4 recording, memory-mapped: `len(sens)`, `sens[i]`, iteration. Closes itself as a context manager."
     def __init__(self,
@@ -261,7 +262,7 @@ class Sens:
             room = len(self._data) - self._imu - _COUNT.size
             if room < 0 or _COUNT.unpack_from(self._data, self._imu)[0] * IMU.itemsize != room:
                 raise ScanNetError(path, f'byte {self._imu:,}', 'the inertial readings do not end where the file ends')
-            self.poses = self._records['pose'].astype(np.float64)   # (V, 4, 4) camera-to-world
+            with np.errstate(invalid='ignore'): self.poses = self._records['pose'].astype(np.float64)   # (V, 4, 4) camera-to-world
             usable = usable_poses(self.poses, path)
             self.valid = np.flatnonzero(usable)   # indices of the frames that have a pose
             self.lost = int((~usable).sum())      # number of frames that have none
