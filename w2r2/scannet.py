@@ -199,7 +199,7 @@ def split_segments(
     part = connected_components(graph, directed=False)[1]
     return np.unique(part, return_index=True)[1][part]
 
-# %% ../nbs/07_scannet.ipynb #7f858da4
+# %% ../nbs/07_scannet.ipynb #493e994a
 def write_scan(
     root: str | Path,             # the scan is written to root/scans/scene_id
     scene_id: str,
@@ -228,7 +228,7 @@ def write_scan(
     axis_alignment = np.eye(4) if axis_alignment is None else np.asarray(axis_alignment, np.float64)
     unalign = np.linalg.inv(axis_alignment)
     stored = [pose if np.isneginf(pose).all() else unalign @ pose for pose in np.asarray(poses, np.float64)]
-    header = SensHeader(intrinsic_color, intrinsic_depth, color.shape[2:0:-1], depth.shape[:0:-1])
+    header = SensHeader(intrinsic_color, intrinsic_depth, color.shape[2:0:-1], depth.shape[:0:-1]).check(folder)
     segments = split_segments(faces, objects)
     folder.mkdir(parents=True, exist_ok=True)
     name = str(folder / scene_id)
