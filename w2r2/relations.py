@@ -169,7 +169,7 @@ def best(
     return (frozenset(x for x in sure if all(beats[x, y] for y in maybe if y != x)),
             frozenset(x for x in maybe if not any(beats[y, x] for y in sure if y != x)))
 
-# %% ../nbs/13_relations.ipynb #bdb95621
+# %% ../nbs/13_relations.ipynb #7cc5a502
 class Facts:
     "What is true in a scene: each answer is a pair (ids that surely fit, ids that possibly fit), the second containing the first."
     inverse = {"has on it": "on", "has under it": "under", "has in front of it": "in front of", "has next to it": "next to", "has above it": "above"}
@@ -190,6 +190,7 @@ class Facts:
         for table in self.tables.values(): np.fill_diagonal(table, 0)
         self.tables |= {k: self.tables[v].T for k, v in self.inverse.items()}
         self.places, self.beats = places(scene), comparisons(self.boxes, yaw)
+        self._labels = [{i.category, f"{i.category}/{i.shape}", i.color, i.material} for i in self.items]   # what `names` may refer to
         self._memory = {}
 
     def _sets(self, key, truth):
@@ -203,11 +204,11 @@ class Facts:
         word: str,  # an entry of the grammar's words
     ) -> tuple:
         "The items that a word names."
-        def truth():
-            sure, perhaps = set(self.words[slot][word]["names"]), set(self.words[slot][word].get("perhaps", ()))
-            labels = [{i.category, f"{i.category}/{i.shape}", i.color, i.material} for i in self.items]
-            return np.array([2 if said & sure else 1 if said & perhaps else 0 for said in labels])
-        return self._sets((slot, word), truth)
+        if (slot, word) not in self._memory:
+            entry = self.words[slot][word]
+            sure = frozenset(i for i in self.things if not self._labels[i].isdisjoint(entry["names"]))
+            self._memory[slot, word] = sure, sure.union(i for i in self.things if not self._labels[i].isdisjoint(entry.get("perhaps", ())))
+        return self._memory[slot, word]
 
     def place(self, rel: str) -> tuple:
         "The items at a place that needs no anchor; nothing can be said of a place that the scene does not define."
@@ -227,7 +228,7 @@ class Facts:
         if key not in self._memory: self._memory[key] = nearer(self.boxes, anchor)
         return self._memory[key]
 
-# %% ../nbs/13_relations.ipynb #59517d7b
+# %% ../nbs/13_relations.ipynb #6850ec6c
 def evaluate(
     form: dict,    # a logical form
     facts: Facts,
@@ -236,7 +237,7 @@ def evaluate(
     scope = facts.word("noun", form["noun"]) if "noun" in form else (facts.things, facts.things)
     conditions = [facts.word(slot, form[slot]) for slot in ("color", "material", "shape") if slot in form]
     conditions += [_condition(c["rel"], c.get("anchors", []), scope, facts) for c in form.get("where", [])]
-    return tuple(frozenset.intersection(*sets) for sets in zip(scope, *conditions))
+    return tuple(map(frozenset.intersection, scope, *conditions))
 
 def _condition(rel, anchors, scope, facts):
     if rel in facts.beats: return best(scope, facts.beats[rel])
