@@ -82,7 +82,7 @@ def _snap(sizes: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     swap = frames[..., 0, 0].abs() < frames[..., 1, 0].abs()
     return torch.where(swap[..., None], sizes[..., [1, 0, 2]], sizes)
 
-# %% ../nbs/17_answers.ipynb #e2aa385f
+# %% ../nbs/17_answers.ipynb #694410db
 @dataclass(frozen=True)
 class Bins:
     "The answer in seven tokens: a view, then x, y, z, width, depth and height in its gravity-aligned frame."
@@ -108,7 +108,8 @@ class Bins:
         boxes: torch.Tensor,  # (..., 6) boxes in the scan frame [m]
         poses: torch.Tensor,  # (..., V, 4, 4) camera-to-scan poses of all views
     ) -> tuple[torch.Tensor, int]:
-        "(..., 7) token ids, and how many coordinates were out of range and went to the nearest bin."
+        "(..., 7) token ids, and how many coordinates were out of range and went to the nearest bin; raises ValueError for a view without a token."
+        if ((views < 0) | (views >= self.views)).any(): raise ValueError(f"view {int(views.max())}: there are tokens for {self.views} views; set Bins(views=...)")
         values = to_view(boxes, gravity_frame(_chosen(poses, views)))
         low, width = values.new_tensor(self.low), values.new_tensor(self.width)
         bins = ((values - low) / width).floor().long()

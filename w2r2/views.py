@@ -50,12 +50,13 @@ def coverage_views(
         missing &= ~bits[chosen[-1]]
     return np.array(chosen, int), np.array(covered[1:]) / max(total, 1)
 
-# %% ../nbs/16_views.ipynb #8178bba1
+# %% ../nbs/16_views.ipynb #294bedb6
 def visible_pixels(
     instances: np.ndarray,  # (V, H, W) integer images, object id + 1, 0 = nothing
     count: int,             # number of objects
 ) -> np.ndarray:            # (V, count)
-    "Pixels of each object in each view."
+    "Pixels of each object in each view; raises ValueError for an id above `count`."
+    if instances.size and instances.max() > count: raise ValueError(f"an instance image holds id {instances.max()}, but there are {count} objects")
     views = np.arange(len(instances))[:, None, None] * (count + 1)
     return np.bincount((instances.astype(np.int64) + views).ravel(), minlength=len(instances) * (count + 1)).reshape(len(instances), -1)[:, 1:]
 
