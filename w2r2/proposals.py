@@ -27,7 +27,7 @@ def refine(
     best, index = box_iou(torch.as_tensor(boxes)[:, None], torch.as_tensor(proposals)[None]).max(-1)
     return np.where(best[:, None] > 0, proposals[index], boxes)
 
-# %% ../nbs/19_proposals.ipynb #56860257
+# %% ../nbs/19_proposals.ipynb #dc00af5b
 @dataclass(frozen=True)
 class Proposals:
     "Candidate objects of a scene."
@@ -64,7 +64,7 @@ def read_proposals(
     path = regular_file(path)
     boxes, labels, scores = _from_json(path) if path.suffix == ".json" else _from_npz(path)
     try: boxes, scores = np.asarray(boxes, float).reshape(-1, 6), np.asarray(scores, float).reshape(-1)
-    except ValueError: raise ScanNetError(path, "boxes and scores", "are not numbers, or not six per box") from None
+    except (ValueError, OverflowError): raise ScanNetError(path, "boxes and scores", "are not numbers, or not six per box") from None
     if not len(boxes) == len(labels) == len(scores):
         raise ScanNetError(path, "length", f"{len(boxes)} boxes, {len(labels)} labels, {len(scores)} scores", "Give one of each per proposal")
     wrong = np.flatnonzero(~(np.isfinite(boxes).all(1) & (boxes[:, 3:] >= 0).all(1) & np.isfinite(scores)))
