@@ -159,7 +159,7 @@ def choose_frames(
     points = [back_project(frame.depth_metres, scan.intrinsic_depth, frame.pose)[::step, ::step].reshape(-1, 3) for frame in scan.views(candidates)]
     return np.sort(candidates[coverage_views(np.stack(points), n, rng=seed)[0]])
 
-# %% ../nbs/20_tasks.ipynb #4a7b9f56
+# %% ../nbs/20_tasks.ipynb #c2ecb262
 @dataclass(frozen=True)
 class SceneViews:
     "The frames of a scan that a model sees, and its objects."
@@ -182,12 +182,15 @@ def scene_views(
         if not scan.file(".aggregation.json").is_file(): return SceneViews(frames, poses, {}, {})
         ids = scan.object_ids
         if any(scan.file(suffix).is_file() for suffix in ("_2d-instance-filt.zip", "_2d-instance.zip")):
-            images = np.stack([scan.instance_images[scan.frames[frame].index] for frame in frames.tolist()])
+            numbers = [scan.frames[frame].index for frame in frames.tolist()]
+            missing = [number for number in numbers if number not in scan.instance_images]
+            if missing: raise ScanNetError(scan.folder, f"frame {missing[0]}", "has no instance image", "Download the 2d-instance archive of this scan again, or remove it")
+            images = np.stack([scan.instance_images[number] for number in numbers])
             scores = visible_pixels(images, max(int(images.max()), int(ids.max()) + 1))[:, ids]
         else: scores = projected_areas(scan.boxes, poses, scan.intrinsic_color, scan.frames.header.color_size)
         return SceneViews(frames, poses, dict(zip(ids.tolist(), scan.boxes)), dict(zip(ids.tolist(), best_views(scores).tolist())))
 
-# %% ../nbs/20_tasks.ipynb #cd6a56fd
+# %% ../nbs/20_tasks.ipynb #79f87d11
 PROMPTS = {
     "scanrefer": "The views show one scene. Name the view that shows the described object best, and give the object's box in that view. Description: {text}",
     "scan2cap": "The views show one scene. Describe the object at {text} in detail.",
@@ -228,16 +231,18 @@ class Samples:
         "Raises `ScanNetError` for a scan that cannot be read, and for an object that it does not have."
         record = self.records[i]
         scene = scene_views(self.root, record["scene_id"], self.views, self.sampling)
-        box, view = (None, -1) if self.task == "scanqa" else self._target(scene, record)
-        said = None if box is None else self.codec.write(max(view, 0), box, scene.poses)
-        if self.task == "scanrefer":
-            name, text, references = _key(record, "ann_id"), record["description"], (record["description"],)
-        elif self.task == "scan2cap":
-            name, text, references = _key(record, "object_name"), said, tuple(row["description"] for row in record["annotations"])
-        else: name, text, references = record["question_id"], record["question"], tuple(record.get("answers", ()))
-        answer = (said if view >= 0 else None) if self.task == "scanrefer" else next(iter(references), None)
-        ids = record.get("object_ids", ()) if self.task == "scanqa" else (int(record["object_id"]),)
-        return Sample(self.task, name, record["scene_id"], scene.frames, scene.poses, text, PROMPTS[self.task].format(text=text), references, tuple(ids), box, view, answer)
+        if self.task == "scanqa":
+            box, view, ids, references = None, -1, tuple(record.get("object_ids", ())), tuple(record.get("answers", ()))
+            name, text, answer = record["question_id"], record["question"], next(iter(references), None)
+        else:
+            box, view = self._target(scene, record)
+            ids, said = (int(record["object_id"]),), self.codec.write(max(view, 0), box, scene.poses)
+            if self.task == "scanrefer":
+                name, text, references, answer = _key(record, "ann_id"), record["description"], (record["description"],), said if view >= 0 else None
+            else:
+                references = tuple(row["description"] for row in record["annotations"])
+                name, text, answer = _key(record, "object_name"), said, references[0]
+        return Sample(self.task, name, record["scene_id"], scene.frames, scene.poses, text, PROMPTS[self.task].format(text=text), references, ids, box, view, answer)
 
     def _target(self, scene: SceneViews, record: dict) -> tuple[np.ndarray, int]:
         number = int(record["object_id"])
