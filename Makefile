@@ -49,9 +49,9 @@ notebooks: $(READY) ## execute the library notebooks in place
 readme: $(READY) ## README.md from nbs/index.ipynb
 	jupyter nbconvert --to markdown --stdout --log-level WARN nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md
 
-docs: $(READY) ## the site, in _docs/
-	sphinx-build -q -b html nbs _docs
-	@echo 'open _docs/index.html'
+docs: $(READY) ## the site, in _docs/html/
+	sphinx-build -q -b html nbs _docs/html
+	@echo 'open _docs/html/contents.html'
 
 lab: $(READY) ## JupyterLab on the notebooks
 	jupyter lab nbs/index.ipynb

@@ -94,7 +94,7 @@ def grounding_records(
     return pd.DataFrame({"iou": iou, "multiple": label("unique_multiple"), "others": label("others")},
                         index=pd.MultiIndex.from_tuples(keys, names=["scene", "object", "description"]))
 
-# %% ../nbs/23_accuracy.ipynb #05757e2c
+# %% ../nbs/23_accuracy.ipynb #2914c247
 def accuracy_measures(
     records: pd.DataFrame,  # from `grounding_records`
 ) -> list:  # of `Measure`s: "Acc@0.25", "Acc@0.5", "Acc@0.25 unique", "Acc@0.25 unique, not others", ...
@@ -106,6 +106,6 @@ def accuracy_measures(
             if multiple is not None: chosen = chosen[chosen.multiple == multiple]
             if others is not None: chosen = chosen[chosen.others == others]
             subset = ", ".join(filter(None, (first, second)))
-            if len(chosen): measures += [Measure(f"Acc@{k} {subset}".strip(), (chosen.iou >= k).to_numpy(float), chosen.index.get_level_values("scene").to_numpy())
+            if len(chosen): measures += [Measure(f"Acc@{k} {subset}".strip(), (chosen.iou >= k).to_numpy(float), chosen.index.get_level_values("scene").to_numpy(), share=True)
                                          for k in (.25, .5)]
     return measures

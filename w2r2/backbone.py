@@ -13,9 +13,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
 from .answers import Bins
 
-# %% ../nbs/42_backbone.ipynb #72bbc506
+# %% ../nbs/42_backbone.ipynb #7bddef6c
 SPECIAL = "<pad>", "<unk>", "<end>", "<answer>", "<image>", "<video>", "<vision_start>", "<vision_end>"
-_PIECES = r"<[a-z_]+\d*>|[a-z]+|\d+|[^\sa-z\d]"
+_PIECES = r"<\w+>|[a-z]+|\d+|[^\sa-z\d]"
 
 def build_tokenizer(
     texts: Iterable[str],  # everything the model will read and write

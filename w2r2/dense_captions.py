@@ -138,27 +138,26 @@ def benchmark_corpus(
         for key, p, value in zip(keys, partner, overlap.tolist()): candidates[key], iou[key] = [predictions[scene][p]["caption"]], value
     return references, candidates, np.array(list(iou.values()))
 
-# %% ../nbs/23_dense_captions.ipynb #447b1eec
+# %% ../nbs/23_dense_captions.ipynb #8e830d6e
 def benchmark_measures(
     predictions: dict,   # scene -> list of {"caption", "box"}
     annotations: list,   # ScanRefer records with `bbox`
     k: float = 0.5,      # overlap that counts as found
     with_meteor=False,   # also METEOR (Java)
 ) -> list:  # of `Measure`s "precision CIDEr", "recall CIDEr", "F1 CIDEr", ...
-    "Precision, recall and F1 of the caption scores in Scan2Cap's benchmark; F1 is 0 where the script prints NaN."
+    "Precision, recall and F1 of the caption scores in Scan2Cap's benchmark, over scenes that have annotations; F1 is 0 where the script prints NaN."
     references, candidates, iou = benchmark_corpus(predictions, annotations)
     items, found = caption_items(references, candidates), iou >= k
     scores = dict(zip([f"BLEU-{n + 1}" for n in range(4)], bleu_score(items.pop("BLEU")).T)) | items
     if with_meteor: scores["METEOR"] = (meteor(references, candidates) or (None, None))[1]
-    scenes, extra = [key.split("|")[0] for key in references], [scene for scene, rows in predictions.items() for _ in rows]
-    groups, measures = np.array(scenes + extra), []
+    groups, measures = np.array([key.split("|")[0] for key in references]), []
+    described = np.zeros(len(groups))    # the predictions of a scene, on the row of its first object
+    for scene, first in zip(*np.unique(groups, return_index=True)): described[first] = len(predictions.get(scene, ()))
     def precision(sums): return sums[..., 0] / np.maximum(sums[..., 2], 1)
     def recall(sums): return sums[..., 0] / np.maximum(sums[..., 1], 1)
     def f1(sums): return 2 * sums[..., 0] / np.maximum(sums[..., 1] + sums[..., 2], 1)
     for name, values in scores.items():
-        if values is not None:    # a row for each object, then a row for each prediction: score, objects, predictions
-            values = np.block([[np.column_stack([values * found, np.ones(len(scenes)), np.zeros(len(scenes))])],
-                               [np.tile([0., 0, 1], (len(extra), 1))]])
+        if values is not None: values = np.column_stack([values * found, np.ones(len(groups)), described])
         measures += [Measure(f"{kind} {name}", values, groups, statistic, note="" if values is not None else NO_JAVA)
                      for kind, statistic in (("precision", precision), ("recall", recall), ("F1", f1))]
     return measures

@@ -37,7 +37,7 @@ def reconstruct(
     moved[:, :3, 3] = poses[:, :3, 3] + np.transpose(shift)     # turn about the camera, not about the origin of the scan
     return depth * error, moved
 
-# %% ../nbs/40_encoders.ipynb #b1b15387
+# %% ../nbs/40_encoders.ipynb #36f3f410
 @dataclass(frozen=True)
 class Pointmap:
     "Back-projected depth per patch. Video-3D LLM averages the points of a patch; we keep four of them, and their mean."
@@ -46,14 +46,13 @@ class Pointmap:
     dim = 16                         # five points [m] and the share of measured quarters
 
     def __call__(self,
-        views,          # depth (V, h, w) [mm], color (V, H, W, 3), poses (V, 4, 4), intrinsic_color, intrinsic_depth (4, 4): a `Recording`
-        seed: int = 0,  # of the noise: the number of the scene
-    ) -> torch.Tensor:  # (V * rows * columns, 16) float32, view by view, row by row
-        "The features of a scan; raises ValueError for a view without a pose and a scan without depth."
-        bad = np.flatnonzero(~np.isfinite(views.poses).all((1, 2)))
-        if len(bad): raise ValueError(f"view {bad[0]} has no finite pose; leave it out when frames are chosen")
-        if not views.depth.any(): raise ValueError("no view of this scan has depth; encode another way, or leave the scan out")
-        depth, poses = reconstruct(views.depth / 1000, views.poses, self.noise, np.random.default_rng(seed)) if self.noise else (views.depth / 1000, views.poses)
+        views: dict[str, np.ndarray],  # `depth` [m], `color`, `poses`, `intrinsic_color`, `intrinsic_depth` of one scene, as in `w2r2.prepared`
+        seed: int = 0,                 # of the noise: the number of the scene
+    ) -> torch.Tensor:                 # (V * rows * columns, 16) float32, view by view, row by row; NaN in a view that does not exist
+        "The features of a scene; raises ValueError for a scene without depth."
+        depth, poses = views["depth"].astype(float), views["poses"]
+        if not depth.any(): raise ValueError("no view of this scene has depth; encode it another way, or leave it out")
+        if self.noise: depth, poses = reconstruct(depth, poses, self.noise, np.random.default_rng(seed))
         rays, measured, z = self._sample(views, depth)
         frames = gravity_frame(torch.as_tensor(poses)).numpy()
         quarters = transform_points(poses, rays * z[..., None])                                              # (V, 4 P, 3) in the scan
@@ -66,11 +65,11 @@ class Pointmap:
 
     def _sample(self, views, depth):
         "Rays (4 P, 3) through the quarters of the patches, which of them hit a measured pixel (V, 4 P), and depth there [m] (V, 4 P)."
-        height, width = views.color.shape[1:3]
+        height, width = views["color"].shape[1:3]
         rows, columns = 2 * self.grid[0], 2 * self.grid[1]
         v, u = np.meshgrid((np.arange(rows) + 0.5) * height / rows - 0.5, (np.arange(columns) + 0.5) * width / columns - 0.5, indexing="ij")
-        rays = np.stack([u.ravel(), v.ravel(), np.ones(rows * columns)], -1) @ np.linalg.inv(views.intrinsic_color[:3, :3]).T
-        x, y = np.rint(rays @ views.intrinsic_depth[:3, :3].T)[:, :2].T.astype(int)
+        rays = np.stack([u.ravel(), v.ravel(), np.ones(rows * columns)], -1) @ np.linalg.inv(views["intrinsic_color"][:3, :3]).T
+        x, y = np.rint(rays @ views["intrinsic_depth"][:3, :3].T)[:, :2].T.astype(int)
         column, row = x.clip(0, depth.shape[2] - 1), y.clip(0, depth.shape[1] - 1)
         filled = np.empty_like(depth)
         for image, fill in zip(depth, filled):

@@ -60,7 +60,7 @@ def answers_by_question(
         found[name] = list(record["answer_top10"]) if "answer_top10" in record else [record["answer"]]
     return [found.get(record["question_id"], []) for record in annotations]
 
-# %% ../nbs/23_exact_match.ipynb #38f448d7
+# %% ../nbs/23_exact_match.ipynb #2fd99940
 def answer_measures(
     predictions: list,         # see `answers_by_question`
     annotations: list,         # ScanQA records with scene_id, question_id, answers
@@ -72,7 +72,7 @@ def answer_measures(
     given, gold = answers_by_question(predictions, annotations), [record["answers"] for record in annotations]
     groups = np.array([record["scene_id"] for record in annotations])
     top = [answers[0] if answers else "" for answers in given]
-    def measure(name, right, scale): return Measure(name, np.array(right, float), groups, scale=scale)
+    def measure(name, right, scale): return Measure(name, np.array(right, float), groups, scale=scale, share=True)
     if protocol == "scanqa":
         measures = [measure(f"EM@{n}", [any(answer in right for answer in answers[:n]) for answers, right in zip(given, gold)], 100) for n in (1, 10)]
         texts = ptb_tokenize({"top": top} | {i: answers for i, answers in enumerate(gold)})

@@ -152,7 +152,7 @@ def enrich(
 
 def _anchors(condition, facts): return set().union(*(evaluate(a, facts)[0] for a in condition.get("anchors", ())))
 
-# %% ../nbs/14_language.ipynb #085022af
+# %% ../nbs/14_language.ipynb #b1dd543a
 def word(
     speaker: Speaker,
     form: dict,       # noun, attributes and at most three conditions
@@ -167,7 +167,7 @@ def word(
     clauses = [[(rng.choice([s for s in ("place", "rank", "most", "fact") if can_say(s, c)]), c)] for c in conditions]
     if len(clauses) < 2 and rng.random() < 0.35:                   # an attribute gets a sentence of its own, or joins a place
         slot = rng.choice([s for s in ("color", "substance", "shape") if Grammar.attributes[s] in thing] or [None])
-        if slot:
+        if slot and (slot != "shape" or thing["shape"] in speaker.recipe["geometric"]):       # "the door is single" is odd
             trait = (slot, thing.pop(Grammar.attributes[slot]))
             joint = [c for c in clauses if c[0][0] == "place"] if slot == "color" else []
             if joint: joint[0].insert(0, trait)

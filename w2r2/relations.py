@@ -169,10 +169,10 @@ def best(
     return (frozenset(x for x in sure if all(beats[x, y] for y in maybe if y != x)),
             frozenset(x for x in maybe if not any(beats[y, x] for y in sure if y != x)))
 
-# %% ../nbs/13_relations.ipynb #7cc5a502
+# %% ../nbs/13_relations.ipynb #28664c77
 class Facts:
     "What is true in a scene: each answer is a pair (ids that surely fit, ids that possibly fit), the second containing the first."
-    inverse = {"has on it": "on", "has under it": "under", "has in front of it": "in front of", "has next to it": "next to", "has above it": "above"}
+    inverse = {"has on it": "on", "has in front of it": "in front of", "has next to it": "next to", "has above it": "above"}
 
     def __init__(self,
         scene: Scene,

@@ -126,7 +126,7 @@ def paired_difference(
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
     return Difference(float(difference(both.sum(0))), float(low), float(high), len(both), float(min(1, 2 * (tail + 1) / (resamples + 1))))
 
-# %% ../nbs/22_statistics.ipynb #1f71b634
+# %% ../nbs/22_statistics.ipynb #5af56b22
 @dataclass
 class Measure:
     "One named figure of a benchmark, with the values behind it."
@@ -135,6 +135,7 @@ class Measure:
     groups: np.ndarray                    # (n,) scene of each record
     statistic: Callable | None = None     # sums (..., k) -> figures (...); None: the mean
     scale: float = 1.                     # published unit
+    share: bool = False                   # is every value right (1) or wrong (0)?
     whole: float | None = None            # the figure, where records do not add up to it
     note: str = ""                        # why there is no figure, or no interval
     seeds: np.ndarray | None = None       # (n,) run of each record
@@ -156,7 +157,7 @@ class Measure:
         return Interval(self.scale * value, self.scale * low, self.scale * high, n)
 
     def binomial(self) -> Interval | None:
-        "Wilson's interval if the values are shares of fewer than 1,000 records, else None."
-        if self.values is None or self.statistic or self.n >= 1000 or not np.isin(self.values, (0, 1)).all(): return None
+        "Wilson's interval of a share of fewer than 1,000 records, else None."
+        if not self.share or self.n >= 1000: return None
         value, low, high, n = wilson(self.values.sum(), self.n)
         return Interval(self.scale * value, self.scale * low, self.scale * high, n)
