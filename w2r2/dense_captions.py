@@ -88,7 +88,7 @@ def caption_corpus(
         candidates[key] = [rules.candidate(predictions[key]["caption"]) if passes else rules.missed]
     return references, candidates
 
-# %% ../nbs/23_dense_captions.ipynb #ea36a022
+# %% ../nbs/23_dense_captions.ipynb #ebf33cc7
 def caption_measures(
     references: dict,     # object key -> list of texts
     candidates: dict,     # object key -> list with one text
@@ -102,7 +102,7 @@ def caption_measures(
     measures += [Measure(name, items[name], groups, scale=scale) for name in ("CIDEr", "ROUGE-L")]
     if with_meteor:
         scored = meteor(references, candidates)
-        measures.append(Measure("METEOR", None, groups, scale=scale, whole=scored and scored[0], note="no interval: Java adds up its own statistics" if scored else NO_JAVA))
+        measures.append(Measure("METEOR", None, groups, scale=scale, whole=scored and scored[0], note="not a mean of objects" if scored else NO_JAVA))
     return measures
 
 # %% ../nbs/23_dense_captions.ipynb #2f10bcb2
