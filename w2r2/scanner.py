@@ -16,7 +16,7 @@ from .layout import Scene
 # %% ../nbs/12_scanner.ipynb #1cb65e1d
 KNOBS = ('views', 'color_size', 'depth_size', 'hfov', 'depth_hfov', 'camera_height', 'pitch', 'exposure', 'max_depth')
 
-# %% ../nbs/12_scanner.ipynb #53f9682a
+# %% ../nbs/12_scanner.ipynb #3aa3ff4a
 def _square(x): return np.sign(np.sin(2 * np.pi * x))
 def _wave(x): return np.sin(2 * np.pi * x)
 TEXTURES = {    # name: (depth of the modulation, function of plane coordinates in periods, values in [-1, 1])
@@ -27,6 +27,8 @@ TEXTURES = {    # name: (depth of the modulation, function of plane coordinates 
     'noise':   (0.25, lambda u, v: (_wave(u + .41 * _wave(.62 * v)) + _wave(.93 * v + .37 * _wave(.71 * u + .3)) + _wave(.57 * u - .83 * v)) / 3),
     'tiles':   (0.35, lambda u, v: np.where((u % 1 < .08) | (v % 1 < .08), -1, .1)),
 }
+
+# %% ../nbs/12_scanner.ipynb #fc2cb101
 def texture(
     name: str,              # key of `TEXTURES`
     points: np.ndarray,     # (N, 3) positions [m]
@@ -41,7 +43,7 @@ def texture(
     contrast = np.clip(scale / footprint / 2 - 1, 0, 1)
     return 1 + depth * contrast * pattern(points[n, along] / scale, points[n, up] / scale)
 
-# %% ../nbs/12_scanner.ipynb #ee80c48a
+# %% ../nbs/12_scanner.ipynb #f41fe1da
 @dataclass
 class Light:
     "A lamp (or the sun) and the fill light of a scene."
@@ -51,6 +53,7 @@ class Light:
     fill: np.ndarray      # (3,) colour of the fill light
     side: np.ndarray      # (3,) direction that the fill light comes from, length below 1
 
+# %% ../nbs/12_scanner.ipynb #ad461d1b
 def make_light(
     scene: Scene,
     rng: np.random.Generator,
@@ -127,12 +130,12 @@ def expose(
     table = (255 * np.linspace(0, 1, 4096)**(2 / 2.2) + .5).astype(np.uint8)
     return table[(4095 * np.sqrt(np.clip(signal, 0, 1)) + np.float32(.5)).astype(np.int16)]
 
-# %% ../nbs/12_scanner.ipynb #379cc91e
-DISPARITY_STEP = 2.85e-3   # inverse depth of one disparity step [1/m], Khoshelham and Oude Elberink 2012, sec. 4
+# %% ../nbs/12_scanner.ipynb #02b51400
+DISPARITY_STEP = 2.85e-3   # inverse depth of one disparity step [1/m], Khoshelham and Oude Elberink 2012
 DISPARITY_SIGMA = 0.5      # standard deviation of a disparity [step], ibid.
 
 def noisy_depth(
-    depth: np.ndarray,          # (...) true depth [m], positive; infinite stays infinite
+    depth: np.ndarray,          # (...) true depth [m], positive; the result means nothing beyond the range of the sensor
     rng: np.random.Generator,
 ) -> np.ndarray:  # (...) float32 [m]
     "Depth with Gaussian noise and rounding in disparity; standard deviation 1.425e-3 Z^2 [m]."
@@ -224,7 +227,7 @@ def visible_pixels(
     index = recording.instance.reshape(views, -1) + np.arange(views)[:, None] * (items + 1)
     return np.bincount(index.ravel(), minlength=views * (items + 1)).reshape(views, items + 1)[:, 1:]
 
-# %% ../nbs/12_scanner.ipynb #92a8a716
+# %% ../nbs/12_scanner.ipynb #3e40d8c0
 def boxes_2d(
     recording: Recording,
     items: int,            # number of items of the scene
@@ -232,10 +235,10 @@ def boxes_2d(
     "Tight boxes (left, top, right, bottom) of the visible pixels [pixel], right and bottom inclusive; -1 where an item is not seen."
     views, height, width = recording.instance.shape
     boxes = np.full((views, items + 1, 4), -1)
-    for axis, size in ((0, width), (1, height)):
-        view, *at = np.nonzero(np.ones_like(recording.instance))
+    view, row, column = np.indices(recording.instance.shape)
+    for axis, place, size in ((0, column, width), (1, row, height)):
         present = np.zeros((views, items + 1, size), bool)
-        present[view, recording.instance.ravel(), at[1 - axis]] = True
+        present[view, recording.instance, place] = True
         seen = present.any(-1)
         boxes[..., axis][seen] = present.argmax(-1)[seen]
         boxes[..., axis + 2][seen] = size - 1 - present[..., ::-1].argmax(-1)[seen]
