@@ -2,7 +2,7 @@
 # installed) is used as it is; otherwise .venv is made from requirements.lock.
 SHELL := /bin/bash
 PYTHON ?= python3
-ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(shell $(PYTHON) -c 'import importlib.metadata as m, sys; m.version("w2r2"); print(sys.prefix)' 2>/dev/null))
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(shell $(PYTHON) -I -c 'import importlib.metadata as m, sys; m.version("w2r2"); print(sys.prefix)' 2>/dev/null))
 ENV := $(or $(ACTIVE),$(CURDIR)/.venv)
 READY := build/.ready-$(subst /,-,$(ENV))
 

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['show', 'parser', 'run', 'main']
 
-# %% ../nbs/91_cli.ipynb #39ebec40
+# %% ../nbs/91_cli.ipynb #38b30cb3
 import argparse
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
 from . import rooms
 from .pictures import scene_figure
 from .scannet import Scan
+from .scoring import PROTOCOLS, score
 
 # %% ../nbs/91_cli.ipynb #8ee30c22
 def show(root: str, scene_id: str, html: str | None, as_json: bool) -> str:
@@ -37,7 +39,7 @@ def show(root: str, scene_id: str, html: str | None, as_json: bool) -> str:
     lines = [f"{scene_id}: {len(objects)} objects; boxes are cx cy cz dx dy dz in metres"]
     return "\n".join(lines + [f"{o['id']:4d}  {o['label']:<16}" + " ".join(f"{v:7.2f}" for v in o["box"]) for o in objects])
 
-# %% ../nbs/91_cli.ipynb #9de5cebd
+# %% ../nbs/91_cli.ipynb #4e4af36e
 def parser() -> argparse.ArgumentParser:
     "The arguments of the command `w2r2`."
     top = argparse.ArgumentParser(prog="w2r2", description="What-Where Representation Re-Forming: benchmark, scores, scans.",
@@ -59,13 +61,28 @@ def parser() -> argparse.ArgumentParser:
     look.add_argument("--root", default=str(rooms.RECIPES.parent / "samples"), help="of a ScanNet release (default: the sample scenes)")
     look.add_argument("--html", help="write an interactive page to this file")
     look.add_argument("--json", action="store_true", help="print JSON")
+
+    rate = commands.add_parser("score", help="score a prediction file under a published protocol", **example,
+                               epilog="example:\n  w2r2 score --benchmark scanrefer --protocol scanrefer predictions.json "
+                                      "--annotations ScanRefer_filtered_val.json\n\nprotocols:\n"
+                                      + "\n".join(f"  {name}: {', '.join(known)}" for name, known in PROTOCOLS.items()))
+    rate.add_argument("predictions", nargs="+", help="prediction file, or one for each seed")
+    rate.add_argument("--benchmark", required=True, choices=list(PROTOCOLS))
+    rate.add_argument("--protocol", required=True, help="whose rules; listed below")
+    rate.add_argument("--annotations", help="the benchmark's annotation file, unless the predictions bring the truth")
+    rate.add_argument("--k", type=float, default=0.5, help="Scan2Cap: overlap that counts as found (default: 0.5)")
+    rate.add_argument("--meteor", action="store_true", help="also METEOR (needs Java)")
+    rate.add_argument("--json", action="store_true", help="print JSON")
     return top
 
 
-def run(arguments: argparse.Namespace) -> str:
-    "Carry out a parsed command and return what it prints."
+def run(arguments: argparse.Namespace):
+    "Carry out a parsed command and return what it prints: text or a rich table."
     if arguments.command == "show":
         return show(arguments.root, arguments.scene, arguments.html, arguments.json)
+    if arguments.command == "score":
+        scored = score(arguments.predictions, arguments.benchmark, arguments.protocol, arguments.annotations, arguments.k, arguments.meteor)
+        return scored.json() if arguments.json else scored.table()
     splits = rooms.read_recipes()["splits"]["splits"]
     if arguments.list or arguments.root is None:
         return "\n".join(f"{name:<14}{knobs['scenes']:5d} scenes from scene{knobs['first']:04d}_00" for name, knobs in splits.items())
@@ -79,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     "Entry point; returns the exit code: 0 done, 2 bad input."
     arguments = parser().parse_args(argv)
     try:
-        print(run(arguments))
+        printed = run(arguments)
+        print(printed) if isinstance(printed, str) else Console().print(printed)
     except (ValueError, KeyError, OSError) as error:
         print(f"w2r2 {arguments.command}: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
