@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PREFIX', 'PADDING', 'block_mask', 'positions', 'Packer', 'extend']
 
-# %% ../nbs/43_packing.ipynb #07341555
+# %% ../nbs/43_packing.ipynb #6ac0b1fb
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
+from transformers import PreTrainedTokenizerBase
 from .answers import Bins
 
 # %% ../nbs/43_packing.ipynb #e68b29a7
@@ -41,7 +42,7 @@ def positions(
     end = int(visual.max()) + 1 if len(visual_index) else before
     return torch.cat([torch.arange(before).expand(3, -1), visual, end + torch.arange(after).expand(3, -1)], 1)
 
-# %% ../nbs/43_packing.ipynb #5ed3272d
+# %% ../nbs/43_packing.ipynb #68d9a95e
 @dataclass
 class Packer:
     "Collates scenes to a batch."
@@ -55,6 +56,16 @@ class Packer:
     before: Sequence[int] = ()         # text before and after the visual tokens, if the model wants it
     after: Sequence[int] = ()
     bidirectional: bool = False        # see `block_mask`
+
+    @classmethod
+    def of(cls,
+        tokenizer: PreTrainedTokenizerBase,  # from `w2r2.backbone.build_tokenizer`
+        bins: Bins = Bins(),
+        **options,                           # `grid`, `before`, `after`, `bidirectional`
+    ) -> "Packer":
+        "The packer for a tokenizer."
+        def ids(*tokens): return tokenizer.convert_tokens_to_ids(list(tokens))
+        return cls(tokenizer.pad_token_id, *ids("<image>"), ids("<answer>"), ids("<end>"), *ids(bins.vocabulary[0]), bins, **options)
 
     def __call__(self,
         scenes: list[dict],  # f2d (P, d), geometry (P, g), poses (V, 4, 4), visual_index (N,), queries: list of (prompt ids, answer ids or None)
