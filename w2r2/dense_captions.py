@@ -105,7 +105,7 @@ def caption_measures(
         measures.append(Measure("METEOR", None, groups, scale=scale, whole=scored and scored[0], note="not a mean of objects" if scored else NO_JAVA))
     return measures
 
-# %% ../nbs/23_dense_captions.ipynb #2f10bcb2
+# %% ../nbs/23_dense_captions.ipynb #7b2e0931
 def giou_without_intersection(
     a: torch.Tensor,  # (..., 6) boxes
     b: torch.Tensor,  # (..., 6) boxes, broadcast against `a`
@@ -113,7 +113,7 @@ def giou_without_intersection(
     "What the benchmark's script takes for the generalised IoU."
     low = torch.minimum(to_min_max(a)[..., :3], to_min_max(b)[..., :3])
     high = torch.maximum(to_min_max(a)[..., 3:], to_min_max(b)[..., 3:])
-    return (a[..., 3:].prod(-1) + b[..., 3:].prod(-1)) / (high - low).prod(-1) - 1
+    return ((a[..., 3:].prod(-1) + b[..., 3:].prod(-1)) / (high - low).prod(-1)).nan_to_num(0) - 1    # 0 / 0: both boxes flat
 
 # %% ../nbs/23_dense_captions.ipynb #03858781
 def benchmark_corpus(
