@@ -31,10 +31,11 @@ def build_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>",
                                    extra_special_tokens=["<answer>", "<image>"], clean_up_tokenization_spaces=False)
 
-# %% ../nbs/42_backbone.ipynb #108f848d
+# %% ../nbs/42_backbone.ipynb #195c5345
 def tiny_config(
     tokenizer: PreTrainedTokenizerFast,
-    hidden: int = 64,     # width of decoder and vision tower; a multiple of 64
+    hidden: int = 64,     # width of the decoder; a multiple of 64
+    vision_hidden: int = 64,  # width of the vision tower
     layers: int = 3,      # decoder layers
     blocks: int = 4,      # vision blocks, all with attention over the whole view
     patch: int = 14,      # side of a patch [pixel]
@@ -45,8 +46,8 @@ def tiny_config(
     text = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
                 num_key_value_heads=4, max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": section},
                 initializer_range=hidden ** -0.5, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    vision = dict(depth=blocks, hidden_size=hidden, intermediate_size=2 * hidden, num_heads=4, patch_size=patch, spatial_merge_size=1, temporal_patch_size=1,
-                  out_hidden_size=hidden, fullatt_block_indexes=list(range(blocks)), initializer_range=hidden ** -0.5)
+    vision = dict(depth=blocks, hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_heads=4, patch_size=patch, spatial_merge_size=1, temporal_patch_size=1,
+                  out_hidden_size=hidden, fullatt_block_indexes=list(range(blocks)), initializer_range=vision_hidden ** -0.5)
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=image, video_token_id=video,
                             vision_start_token_id=start, vision_end_token_id=end)
 

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from .backbone import image_patches
 from .fusion import Fusion
 
-# %% ../nbs/44_model.ipynb #ef95f441
+# %% ../nbs/44_model.ipynb #1fb73cee
 @strict
 class FusedConfig(PreTrainedConfig):
     "What `FusedVLM` is made of."
@@ -33,12 +33,11 @@ class FusedConfig(PreTrainedConfig):
     embedding_additions: bool = False   # see `Additions`
     answer_token_id: int | None = None  # the next three are needed by the additions
     first_bin: int | None = None        # id of the first token of `w2r2.answers.Bins`
-    bin_tokens: int = 486               # how many there are
 
     @property
     def text_config(self): return self.vlm_config.text_config
 
-# %% ../nbs/44_model.ipynb #29ba595a
+# %% ../nbs/44_model.ipynb #0c93df1d
 class Additions(nn.Module):
     "Learned input embeddings that a tiny decoder needs: which view and patch, what is asked, which view was chosen."
 
@@ -48,6 +47,7 @@ class Additions(nn.Module):
         hidden = config.text_config.hidden_size
         self.view, self.patch = nn.Embedding(config.views, hidden), nn.Embedding(config.grid[0] * config.grid[1], hidden)
         self.query = nn.Linear(hidden, hidden, bias=False)
+        self.object = nn.Linear(hidden, 1)
 
     def visual(self, visual_index: torch.Tensor) -> torch.Tensor:
         "(B, N) to (B, N, hidden): embedding of the view and of the patch within it."
@@ -59,18 +59,18 @@ class Additions(nn.Module):
         place: torch.Tensor,      # (B, T) text positions
         segment: torch.Tensor,    # (B, T)
     ) -> torch.Tensor:            # (B, T, hidden)
-        "The mean word of its prompt for each answer token; the first view named in its query for each token of a box after that."
+        "The mean word of its prompt for each token from `<answer>` on; the first view named in its query for each token from there on."
         config = self.config
         mine = segment[:, None] == torch.arange(int(segment.max()) + 1, device=segment.device)[:, None]              # (B, Q, T)
         def first(hit): return torch.where(mine & hit[:, None], place[:, None], place.max() + 1).amin(-1, keepdim=True)  # (B, Q, 1)
         number = input_ids - config.first_bin
-        is_view, is_bin = (number >= 0) & (number < config.views), (number >= 0) & (number < config.bin_tokens)
+        is_view = (number >= 0) & (number < config.views)
         opened, named = first(input_ids == config.answer_token_id), first(is_view)
         prompt = (mine & (place[:, None] < opened)).to(embedded)
         asked = self.query(prompt @ embedded / prompt.sum(-1, keepdim=True).clamp(min=1))
         chosen = self.view(torch.where(mine & is_view[:, None] & (place[:, None] == named), number[:, None], 0).amax(-1))
-        answer, box = mine & (place[:, None] >= opened), mine & is_bin[:, None] & (place[:, None] >= named)
-        return answer.to(embedded).mT @ asked + box.to(embedded).mT @ chosen
+        answer, after = mine & (place[:, None] >= opened), mine & (place[:, None] >= named)
+        return answer.to(embedded).mT @ asked + after.to(embedded).mT @ chosen
 
 # %% ../nbs/44_model.ipynb #9ae5502f
 @dataclass
@@ -84,7 +84,7 @@ class FusedOutput(ModelOutput):
 
 INPUTS = "input_ids", "position_ids", "attention_mask", "segment", "visual_index", "f2d", "geometry"    # of a batch, for `FusedVLM.forward`
 
-# %% ../nbs/44_model.ipynb #bf90ec51
+# %% ../nbs/44_model.ipynb #15693a38
 class FusedVLM(PreTrainedModel):
     "A Qwen2.5-VL that sees Phi(F2D, F3D) in place of its image tokens."
     config_class = FusedConfig
@@ -94,10 +94,15 @@ class FusedVLM(PreTrainedModel):
     def __init__(self, config: FusedConfig, vlm: Qwen2_5_VLForConditionalGeneration | None = None):
         super().__init__(config)
         self.vlm = vlm or Qwen2_5_VLForConditionalGeneration(config.vlm_config)
-        self.vlm.model.visual.requires_grad_(False)
         self.fusion = Fusion(config.text_config.hidden_size, config.encoder3d_dim, config.coordinates, config.fusion, config.zero)
         self.additions = Additions(config) if config.embedding_additions else None
         self.post_init()
+        self.freeze()
+
+    def freeze(self):
+        "No gradient into the vision tower and the choice of patches."
+        self.vlm.model.visual.requires_grad_(False)
+        if self.additions is not None: self.additions.object.requires_grad_(False)
 
     @classmethod
     def from_vlm(cls,
@@ -109,9 +114,9 @@ class FusedVLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        "As in `PreTrainedModel`; loading forgets that the vision tower is frozen."
+        "As in `PreTrainedModel`; loading forgets what is frozen."
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).vlm.model.visual.requires_grad_(False)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
         return loaded
 
     @torch.no_grad()
@@ -121,6 +126,14 @@ class FusedVLM(PreTrainedModel):
         "F2D: what the frozen vision tower makes of the views of a scene."
         patches, grid = image_patches(images, self.config.vlm_config)
         return self.vlm.model.visual(patches.to(self.device, self.dtype), grid_thw=grid.to(self.device)).pooler_output
+
+    def choose_patches(self,
+        f2d: torch.Tensor,   # (P, hidden) of a scene
+        count: int,          # patches wanted
+    ) -> torch.Tensor:       # (min(count, P),) increasing
+        "The patches that look most like objects; all of them if the model has no `Additions`."
+        if self.additions is None or count >= len(f2d): return torch.arange(len(f2d))
+        return self.additions.object(f2d)[:, 0].topk(count).indices.sort().values
 
     def visual_tokens(self,
         f2d: torch.Tensor,                     # (B, N, hidden)
