@@ -1,0 +1,66 @@
+"""Decoding at size: 1,400 queries on one thread, and the same answers in batches as one scene at a time."""
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from w2r2 import rooms
+from w2r2.answers import Bins
+from w2r2.backbone import build_tokenizer, tiny_config
+from w2r2.model import FusedConfig, FusedVLM
+from w2r2.packing import Packer
+from w2r2.predict import answer
+
+SCENES = 120
+
+
+@pytest.fixture(scope="module")
+def setting():
+    "An untrained model of full size, and scenes with random features and as many descriptions as the validation split has."
+    records = json.loads((rooms.RECIPES.parent / "samples" / "scanrefer" / "ScanRefer_filtered_samples.json").read_text())
+    bins = Bins(count=160, width=(0.055, 0.055, 0.0225, 0.015, 0.015, 0.015))
+    tokenizer = build_tokenizer((record["description"] for record in records), bins)
+    packer = Packer.of(tokenizer, bins)
+    config = FusedConfig(vlm_config=tiny_config(tokenizer), embedding_additions=True, answer_token_id=packer.opening[0],
+                         first_bin=packer.first_bin, bin_tokens=len(bins.vocabulary))
+    torch.manual_seed(0)
+    model = FusedVLM(config).eval()
+    rng = np.random.default_rng(0)
+    prompts = [tokenizer(record["description"])["input_ids"] for record in records]
+    missing = torch.full((6,), torch.nan, dtype=torch.float64)
+    scenes = []
+    for _ in range(SCENES):
+        chosen = rng.choice(len(prompts), rng.integers(10, 15), replace=False)
+        queries = [{"task": 0, "prompt": prompts[i], "answer": None, "view": -1, "box": missing, "number": int(i)} for i in chosen]
+        scenes.append({"f2d": torch.as_tensor(rng.standard_normal((288, 64)), dtype=torch.float32),
+                       "geometry": torch.as_tensor(rng.standard_normal((288, 16)), dtype=torch.float32),
+                       "poses": torch.eye(4, dtype=torch.float64).repeat(6, 1, 1),
+                       "visual_index": torch.as_tensor(np.sort(rng.permutation(288)[:96])), "queries": queries})
+    return model, scenes, packer, tokenizer
+
+
+def test_1400_queries_in_3_seconds_of_one_thread(setting):
+    model, scenes, packer, tokenizer = setting
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        answer(model, scenes[:16], packer, tokenizer)
+        start = time.process_time()
+        found = answer(model, scenes, packer, tokenizer)
+        seconds = time.process_time() - start
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found.texts) >= 1400 and np.isfinite(found.boxes).all()
+    assert seconds < 3, f"{len(found.texts)} queries took {seconds:.1f} s of CPU time"
+
+
+def test_batches_and_order_change_nothing(setting):
+    model, scenes, packer, tokenizer = setting
+    together = answer(model, scenes[:24], packer, tokenizer)
+    alone = [answer(model, [scene], packer, tokenizer) for scene in scenes[:24]]
+    assert together.texts == [text for one in alone for text in one.texts]
+    assert np.array_equal(together.boxes, np.concatenate([one.boxes for one in alone]))
+    assert together.numbers.tolist() == [query["number"] for scene in scenes[:24] for query in scene["queries"]]
+    assert len(set(together.texts)) > 20, "an untrained model should still not say the same to everything"
