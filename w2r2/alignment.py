@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Targets', 'query_mean', 'batch_mean', 'bin_logits', 'soft_labels', 'adapted_cross_entropy', 'query_losses',
-           'Alignment', 'align', 'expected_boxes', 'similarity']
+           'Alignment', 'align', 'expected_boxes', 'per_query', 'similarity']
 
 # %% ../nbs/46_alignment.ipynb #78aff52f
 from functools import cached_property
@@ -142,18 +142,25 @@ def expected_boxes(
     boxes = targets.bins.expect(views, probabilities, targets.batch["poses"][scenes])
     return boxes.new_full((targets.size.numel(), 6), torch.nan).index_copy(0, targets.grounded, boxes).view(*targets.size, 6)
 
-# %% ../nbs/46_alignment.ipynb #bc810719
+# %% ../nbs/46_alignment.ipynb #825cd227
+def per_query(
+    of_boxes: torch.Tensor,  # (G,) a number for each query that asks for a box
+    of_words: torch.Tensor,  # (W,) a number for each token of the other answers
+    targets: Targets,
+) -> torch.Tensor:           # (B, Q), 0 for a query without an answer
+    "The number of each box, and the mean over each answer in words."
+    sums = of_words.new_zeros(len(targets.tokens)).index_add(0, targets.query[targets.words], of_words)
+    return (sums / targets.tokens.clamp(min=1)).index_copy(0, targets.grounded, of_boxes).view(targets.size)
+
+# %% ../nbs/46_alignment.ipynb #d56fc832
 def similarity(
     logits: torch.Tensor,  # (K, vocabulary)
     targets: Targets,
     greedy: bool = False,  # of the most probable tokens instead of all; no gradient
 ) -> torch.Tensor:         # (B, Q) in [0, 1], 0 for a query without an answer
     "s(o, y) of Eq. 6 for each query: IoU for boxes, expected match of the words for captions and answers."
-    words, asked = targets.words, targets.query[targets.words]
-    iou = box_iou if greedy else box_iou_soft
-    boxes = expected_boxes(logits, targets, greedy).view(-1, 6)[targets.grounded]
-    overlap = iou(boxes, targets.batch["boxes"].reshape(-1, 6)[targets.grounded].to(boxes))
-    said, labels = logits[words].float(), targets.labels[words]
-    match = (said.argmax(-1) == labels).float() if greedy else -functional.cross_entropy(said, labels, reduction="none")
-    mean = overlap.new_zeros(len(targets.tokens)).index_add(0, asked, match) / targets.tokens.clamp(min=1)
-    return (mean if greedy else torch.where(targets.tokens > 0, mean.exp(), 0)).index_copy(0, targets.grounded, overlap).view(targets.size)
+    boxes, truth = (values.reshape(-1, 6)[targets.grounded] for values in (expected_boxes(logits, targets, greedy), targets.batch["boxes"]))
+    said, labels = logits[targets.words].float(), targets.labels[targets.words]
+    if greedy: return per_query(box_iou(boxes, truth.to(boxes)), (said.argmax(-1) == labels).float(), targets)
+    match = -functional.cross_entropy(said, labels, reduction="none")
+    return torch.where(targets.valid, per_query(box_iou_soft(boxes, truth.to(boxes), log=True), match, targets).exp(), 0)
