@@ -34,13 +34,13 @@ def read_results(
     if (twice := frame.duplicated([*CELL, "seed"])).any(): raise ScanNetError(path, f"row {twice.idxmax() + 1}", "gives a number that an earlier row gives", remedy)
     return frame.assign(value=numbers)[COLUMNS]
 
-# %% ../nbs/59_results.ipynb #948253e4
+# %% ../nbs/59_results.ipynb #b0b50124
 def invented(
     seed: int = 0,   # of the generator
 ) -> pd.DataFrame:
     "Random numbers in the shape of an experiment's results, for examples and tests only."
     rng, rows = np.random.default_rng(seed), []
-    arms = [("plain", np.nan, np.nan), *[("direct", lam, .7) for lam in (.1, .5, 1., 1.5, 2.)], *[("direct", 1.5, mu) for mu in (.1, .3, .5, .9)], ("intervene", np.nan, np.nan)]
+    arms = [("plain", np.nan, np.nan), *[("direct", lam, .7) for lam in (.1, .5, 1., 1.5, 2.)], *[("direct", 1.5, mu) for mu in (.1, .3, .5, .9)], ("intervention", np.nan, np.nan)]
     splits = ["test", "test_wide", "test_tele", "test_clutter", "test_outdoor"]
     passes = {"fused": .4, "2d": .2, "3d": .1, "language": .05}
     metrics = [("scanrefer", "Acc@0.25", "scanrefer", 1.), ("scanrefer", "Acc@0.5", "scanrefer", .4), ("scan2cap", "BLEU-4@0.5", "scan2cap", .8),
@@ -56,17 +56,17 @@ def invented(
     rows += [["random box", 0, .25, np.nan, np.nan, np.nan, "test", "scanrefer", metric, "scanrefer", "no", "floor", 1000, value] for metric, value in (("Acc@0.25", .02), ("Acc@0.5", .003))]
     return pd.DataFrame(rows, columns=COLUMNS)
 
-# %% ../nbs/59_results.ipynb #4c9c99a1
+# %% ../nbs/59_results.ipynb #d222b22a
 def cell_key(row) -> tuple:
     "The cell of a row, as a key: empty dials as None."
     return tuple(None if pd.isna(row[c]) else row[c] for c in CELL)
 
 def read_scores(
-    folder: str | Path,  # holds one folder with a scores.json for each run
+    folder: str | Path,  # of all runs; each keeps a scores.json somewhere below it
 ) -> dict:  # cell -> frame with scene, seed, sum, count
     "What every scene contributed to the figures of the runs in a folder."
     parts = {}
-    for path in sorted(Path(folder).glob("*/scores.json")):
+    for path in sorted(Path(folder).rglob("scores.json")):
         content = json.loads(path.read_text())
         try:
             for figure in content["figures"]:
