@@ -24,7 +24,7 @@ def setting():
     tokenizer = build_tokenizer((record["description"] for record in records), bins)
     packer = Packer.of(tokenizer, bins)
     config = FusedConfig(vlm_config=tiny_config(tokenizer), embedding_additions=True, answer_token_id=packer.opening[0],
-                         first_bin=packer.first_bin, bin_tokens=len(bins.vocabulary))
+                         first_bin=packer.first_bin)
     torch.manual_seed(0)
     model = FusedVLM(config).eval()
     rng = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def setting():
         scenes.append({"f2d": torch.as_tensor(rng.standard_normal((288, 64)), dtype=torch.float32),
                        "geometry": torch.as_tensor(rng.standard_normal((288, 16)), dtype=torch.float32),
                        "poses": torch.eye(4, dtype=torch.float64).repeat(6, 1, 1),
-                       "visual_index": torch.as_tensor(np.sort(rng.permutation(288)[:96])), "queries": queries})
+                       "visual_index": torch.as_tensor(np.sort(rng.permutation(288)[:96])), "queries": queries, "index": 0})
     return model, scenes, packer, tokenizer
 
 
