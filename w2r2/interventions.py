@@ -33,7 +33,7 @@ def move(
         moved["queries"] = [{**query, "box": box} for query, box in zip(scene["queries"], boxes)]
     return moved
 
-# %% ../nbs/48_interventions.ipynb #7cc4834d
+# %% ../nbs/48_interventions.ipynb #0043a495
 def _sayable(boxes: torch.Tensor, frames: torch.Tensor, bins: Bins) -> torch.Tensor:
     "(...) bool: boxes (..., 6) that the bins of a view can say."
     bin = (to_view(boxes, frames) - boxes.new_tensor(bins.low)) / boxes.new_tensor(bins.width)
@@ -52,7 +52,8 @@ def draw(
     if not told: return shifts[0], scales[0]
     boxes, frames = torch.stack([query["box"] for query in told]), gravity_frame(scene["poses"][[query["view"] for query in told]])
     moved = move_boxes(boxes.expand(10, -1, -1), shifts, scales, mean_point(scene).expand(10, -1))
-    fits = (_sayable(moved, frames, bins) | ~_sayable(boxes, frames, bins)).all(-1).nonzero()
+    sayable = _sayable(torch.cat([boxes[None], moved]), frames, bins)
+    fits = (sayable[1:] | ~sayable[0]).all(-1).nonzero()
     return (shifts[fits[0, 0]], scales[fits[0, 0]]) if len(fits) else None
 
 # %% ../nbs/48_interventions.ipynb #16aa4edf
