@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export MATPLOTLIBRC := $(CURDIR)/matplotlibrc
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test check notebooks readme docs lab lock
+.PHONY: help repro test check notebooks readme docs lab hooks lock
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,12 +49,17 @@ notebooks: $(READY) ## execute the library notebooks in place
 readme: $(READY) ## README.md from nbs/index.ipynb
 	jupyter nbconvert --to markdown --stdout --log-level WARN nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md
 
-docs: $(READY) ## the site, in _docs/html/
-	sphinx-build -q -b html nbs _docs/html
-	@echo 'open _docs/html/contents.html'
+docs: $(READY) ## the site, in _docs/html/: built, and walked through where there is a Chromium
+	rm -rf _docs
+	sphinx-build -q -j 2 -b html -c nbs -d _docs/doctrees . _docs/html
+	pytest -q tests/test_site.py
+	@echo 'open _docs/html/index.html'
 
-lab: $(READY) ## JupyterLab on the notebooks
-	jupyter lab nbs/index.ipynb
+lab: $(READY) ## JupyterLab on the tour
+	jupyter lab nbs/tour.ipynb
+
+hooks: $(READY) ## in this clone, git diffs notebooks by cell (nbdime) and merges them (nbdev)
+	git config --local include.path ../.gitconfig
 
 lock: $(READY) ## requirements.lock from settings.ini (needs uv; wheels of torch without CUDA in its find-links)
 	uv pip compile --quiet --upgrade --all-extras --no-header --no-annotate --python-version 3.11 -o requirements.lock setup.py
