@@ -15,7 +15,7 @@ import pandas as pd
 
 from .results import cells, contrast, select
 
-# %% ../nbs/61_tables.ipynb #4093031d
+# %% ../nbs/61_tables.ipynb #f3e37494
 NOT_MEASURED = "not yet measured here"
 SHOWN = ["arm", "noise", "lam", "mu", "steps", "split", "protocol", "proposals", "pass", "n", "seeds", "value", "low", "high", "interval"]
 
@@ -25,11 +25,11 @@ def measured(
 ) -> list[dict]:            # one dict for each cell found; without any, one that says so
     "The measured numbers that fit, benchmark figures in percent."
     found = select(figures, **where)
-    if found.empty: return [{c: np.nan for c in SHOWN} | {c: v for c, v in where.items() if c in SHOWN and not isinstance(v, list)} | {"interval": NOT_MEASURED}]
+    if found.empty: return [{c: np.nan for c in SHOWN} | {c: v for c, v in where.items() if c in SHOWN and not isinstance(v, list)} | {"interval": NOT_MEASURED, "refined": np.nan}]
     scale = np.where(found.task.isin(["scanrefer", "scan2cap", "scanqa"]), 100, 1)
-    return found.assign(**{c: found[c] * scale for c in ("value", "low", "high")})[SHOWN].to_dict("records")
+    return found.assign(**{c: found[c] * scale for c in ("value", "low", "high")}, refined=np.where(found.proposals == "yes", "yes", "no"))[[*SHOWN, "refined"]].to_dict("records")
 
-# %% ../nbs/61_tables.ipynb #d9a90f3a
+# %% ../nbs/61_tables.ipynb #4b34e8ec
 def number_text(
     row: dict,         # value, low, high, interval
     digits: int = 1,
@@ -40,11 +40,11 @@ def number_text(
     return f"{row['value']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
 
 def what_text(
-    row: dict,         # split, protocol, n, seeds, interval
+    row: dict,         # split, protocol, proposals, n, seeds, interval
 ) -> str:
     "What stands behind a number."
     if row["interval"] == NOT_MEASURED: return NOT_MEASURED
-    return f"{row['split']}, protocol {row['protocol']}, n {row['n']:,.0f}, {row['seeds']:.0f} seed{'s' * (row['seeds'] > 1)}"
+    return f"{row['split']}, protocol {row['protocol']}{', true boxes given' if row['proposals'] == 'given' else ''}, n {row['n']:,.0f}, {row['seeds']:.0f} seed{'s' * (row['seeds'] > 1)}"
 
 # %% ../nbs/61_tables.ipynb #d0808d67
 def grid(
@@ -105,8 +105,8 @@ def to_markdown(
     def line(values): return "| " + " | ".join(str(v).replace("|", "\\|") for v in values) + " |"
     return "\n".join([line(frame.columns), line(["---"] * frame.shape[1]), *map(line, frame.to_numpy())]) + "\n"
 
-# %% ../nbs/61_tables.ipynb #e55374e3
-METRICS = {"Acc@0.25": "Acc@0.25", "Acc@0.5": "Acc@0.5", "BLEU-4": "BLEU-4@0.5", "CIDEr": "CIDEr@0.5", "EM": "EM@1"}    # column of Table 2 -> metric of ours
+# %% ../nbs/61_tables.ipynb #eb44c07c
+METRICS = {"Acc@0.25": "Acc@0.25", "Acc@0.5": "Acc@0.5", "BLEU-4": "BLEU-4@0.5", "CIDEr": "CIDEr@0.5", "EM": "EM"}    # column of Table 2 -> metric of ours
 
 def table2(
     results: pd.DataFrame,
@@ -124,9 +124,9 @@ def table2(
         for column, number in zip(METRICS, printed):
             rows += [label | {"metric": column, "printed": number} | found for found in measured(figures, arm=system, metric=METRICS[column])]
         own = pd.DataFrame([row for row in rows if row["system"] == label["system"]])
-        for _, five in own.groupby(["noise", "proposals"], dropna=False):
+        for _, five in own.groupby(["noise", "refined"], dropna=False):
             mean = five.value.mean() if len(five) == 5 and five.value.notna().all() else np.nan
-            rows.append(label | {"metric": "Overall", "printed": printed[5]} | {c: five.iloc[0][c] for c in SHOWN} | {"value": mean, "low": np.nan, "high": np.nan, "interval": NOT_MEASURED if np.isnan(mean) else "none"})
+            rows.append(label | {"metric": "Overall", "printed": printed[5]} | five.iloc[0][[*SHOWN, "refined"]].to_dict() | {"value": mean, "low": np.nan, "high": np.nan, "interval": NOT_MEASURED if np.isnan(mean) else "none"})
     return pd.DataFrame(rows)
 
 # %% ../nbs/61_tables.ipynb #79a4aefe
@@ -210,7 +210,7 @@ def write_table(
     paths[2].write_text(style.to_latex(hrules=True, caption=caption.translate(LATEX), label=f"tab:{name}", position_float="centering"), encoding="utf-8")
     return paths
 
-# %% ../nbs/61_tables.ipynb #f898badf
+# %% ../nbs/61_tables.ipynb #33b05697
 def write_all(
     results: pd.DataFrame,
     paper: dict,
@@ -221,11 +221,11 @@ def write_all(
     "Write every table for which there are results; the two of the paper and the audit always."
     defaults, noise = paper["defaults"], "Intervals: 95 %, over scenes and seeds where both are at hand (column interval of the csv)."
     tables = {
-        "table1": (table1(results, paper, scores=scores), ["input", "system", "noise", "proposals"], "metric", f"Table 1 of the paper, ScanRefer. {noise}"),
-        "table2": (table2(results, paper, scores=scores), ["system", "noise", "proposals"], "metric", f"Table 2 of the paper. Caption columns here are at IoU 0.5. {noise}"),
-        "arms": (arms_table(results, defaults, scores=scores), ["arm", "noise", "lam", "mu", "steps", "proposals"], "metric", f"Readings of Eq. 6, controls and the intervention, ScanRefer, in percent. {noise}"),
-        "robustness": (robustness(results, defaults, scores=scores), ["arm", "noise", "proposals"], "split", f"Acc@0.25 by split, in percent. {noise}"),
-        "causality": (causality(results, defaults, scores=scores), ["arm", "noise", "proposals"], "metric", f"What each input is worth, and whether answers follow the geometry. {noise}"),
+        "table1": (table1(results, paper, scores=scores), ["input", "system", "noise", "refined"], "metric", f"Table 1 of the paper, ScanRefer. {noise}"),
+        "table2": (table2(results, paper, scores=scores), ["system", "noise", "refined"], "metric", f"Table 2 of the paper. Caption columns here are at IoU 0.5. {noise}"),
+        "arms": (arms_table(results, defaults, scores=scores), ["arm", "noise", "lam", "mu", "steps", "refined"], "metric", f"Readings of Eq. 6, controls and the intervention, ScanRefer, in percent. {noise}"),
+        "robustness": (robustness(results, defaults, scores=scores), ["arm", "noise", "refined"], "split", f"Acc@0.25 by split, in percent. {noise}"),
+        "causality": (causality(results, defaults, scores=scores), ["arm", "noise", "refined"], "metric", f"What each input is worth, and whether answers follow the geometry. {noise}"),
         "cost": (cost(results, defaults), ["arm", "lam", "mu"], "metric", "Cost of a training step relative to plain fine-tuning, and share of active hinges."),
     }
     pages = {}
