@@ -18,7 +18,7 @@ from scipy.stats import t as student
 from .files import ScanNetError, regular_file
 from .statistics import Difference, bootstrap, paired_difference, wilson
 
-# %% ../nbs/59_results.ipynb #39306f93
+# %% ../nbs/59_results.ipynb #c827b332
 CELL = ["arm", "noise", "lam", "mu", "steps", "split", "task", "metric", "protocol", "proposals", "pass"]
 COLUMNS = ["arm", "seed", *CELL[1:], "n", "value"]
 
@@ -26,7 +26,7 @@ def read_results(
     path: str | Path,  # csv with COLUMNS; lam, mu, steps, noise stay empty where they mean nothing
 ) -> pd.DataFrame:
     "The results of all runs; `ScanNetError` for a missing column, a value that is no number, or a number given twice."
-    frame = pd.read_csv(regular_file(path), keep_default_na=False, na_values={c: [""] for c in ("noise", "lam", "mu", "steps", "seed", "n", "value")})
+    frame = pd.read_csv(regular_file(path), keep_default_na=False, na_values={c: [""] for c in ("noise", "lam", "mu", "steps", "seed", "n", "value")}, float_precision="round_trip")
     remedy = "Write the file again with the evaluate stage"
     if missing := [c for c in COLUMNS if c not in frame]: raise ScanNetError(path, "header", f"lacks {', '.join(missing)}", remedy)
     numbers = pd.to_numeric(frame.value, errors="coerce")
@@ -126,7 +126,7 @@ def cells(
         found.append({**rows.iloc[0][CELL], "n": int(rows.n.max()), "seeds": len(rows), "value": rows.value.mean(), "low": low, "high": high, "interval": over})
     return pd.DataFrame(found, columns=[*CELL, "n", "seeds", "value", "low", "high", "interval"])
 
-# %% ../nbs/59_results.ipynb #56813154
+# %% ../nbs/59_results.ipynb #3ec8b222
 PAIRED = ["noise", "split", "task", "metric", "protocol", "proposals", "pass"]
 
 def contrast(
@@ -139,7 +139,7 @@ def contrast(
     "Mean of a - b over pairs, with a 95 % interval over scenes and seeds where scores are at hand, else over seeds."
     first, second = select(results, **a), select(results, **b)
     on = [c for c in PAIRED if c not in a and c not in b]
-    if "seed" not in a and "seed" not in b and first.seed.nunique() > 1 and second.seed.nunique() > 1: on = ["seed", *on]
+    if "seed" not in a and "seed" not in b and "floor" not in {*first["pass"], *second["pass"]}: on = ["seed", *on]
     pairs = first.merge(second, on=on, suffixes=("", "_b"))
     if pairs.empty: return None
     sides = [[scores.get(cell_key(row)) for row in side.to_dict("records")] for side in
