@@ -86,15 +86,16 @@ def on_target(
     boxes = batch["boxes"].to(points) + 2 * margin * points.new_tensor([0, 0, 0, 1, 1, 1])
     return points_in_boxes(points[:, None], boxes) & (batch["visual_index"] >= 0)[:, None]
 
-# %% ../nbs/49_reforming.ipynb #21f220d7
+# %% ../nbs/49_reforming.ipynb #42a29833
 def anchor_agreement(
     fused: torch.Tensor,             # (B, Q, N) `visual_attention` of the fused pass
     shortcut: torch.Tensor,          # (B, Q, N) that of the shortcut pass; no gradient flows into it
     batch: dict[str, torch.Tensor],
     margin: float = 0.1,             # see `on_target`
 ) -> torch.Tensor:
-    "Probability of looking with the shortcut at the same wrong token: mean per scene over the queries answered by a box, then over scenes."
+    "Looking with the shortcut at the same wrong token, beyond chance: mean per scene over the queries answered by a box, then over scenes."
     together = (fused * shortcut.detach() * ~on_target(batch, margin)).sum(-1)
+    excess = (together - 1 / (batch["visual_index"] >= 0).sum(-1, keepdim=True)).relu()
     asked = (fused.detach().sum(-1) > 0).to(fused)
     if "shortcut" in batch: asked = asked * ~batch["shortcut"][:, None]
-    return ((together * asked).sum(1) / asked.sum(1).clamp(min=1)).mean()
+    return ((excess * asked).sum(1) / asked.sum(1).clamp(min=1)).mean()
