@@ -84,7 +84,7 @@ class FusedOutput(ModelOutput):
 
 INPUTS = "input_ids", "position_ids", "attention_mask", "segment", "visual_index", "f2d", "geometry"    # of a batch, for `FusedVLM.forward`
 
-# %% ../nbs/44_model.ipynb #15693a38
+# %% ../nbs/44_model.ipynb #c8d825db
 class FusedVLM(PreTrainedModel):
     "A Qwen2.5-VL that sees Phi(F2D, F3D) in place of its image tokens."
     config_class = FusedConfig
@@ -94,6 +94,7 @@ class FusedVLM(PreTrainedModel):
     def __init__(self, config: FusedConfig, vlm: Qwen2_5_VLForConditionalGeneration | None = None):
         super().__init__(config)
         self.vlm = vlm or Qwen2_5_VLForConditionalGeneration(config.vlm_config)
+        self.vlm.set_attn_implementation(self.config._attn_implementation)    # the class above forgets it
         self.fusion = Fusion(config.text_config.hidden_size, config.encoder3d_dim, config.coordinates, config.fusion, config.zero)
         self.additions = Additions(config) if config.embedding_additions else None
         self.post_init()
