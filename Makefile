@@ -56,7 +56,7 @@ docs: $(READY) ## the site, in _docs/html/: built, and walked through where ther
 	@echo 'open _docs/html/index.html'
 
 lab: $(READY) ## JupyterLab on the tour
-	jupyter lab nbs/tour.ipynb
+	jupyter lab --LabApp.default_url=/lab/tree/nbs/tour.ipynb
 
 hooks: $(READY) ## in this clone, git diffs notebooks by cell (nbdime) and merges them (nbdev)
 	git config --local include.path ../.gitconfig

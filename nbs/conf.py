@@ -27,6 +27,7 @@ source_suffix = {".ipynb": "myst-nb", ".md": "myst-nb"}
 mathjax = next(file.locate() for file in importlib.metadata.files("sphinx-mathjax-offline") if file.name == "tex-svg-full.js")
 mathjax_path = mathjax.name
 html_static_path = ["_static", str(mathjax), str(Path(plotly.__file__).parent / "package_data" / "plotly.min.js")]
+html_extra_path = [str(path) for path in sorted((REPORTS / "figures").glob("*.html"))]
 html_theme = "furo"
 html_title = "W2R2: where, not what"
 html_css_files = ["site.css"]
@@ -71,6 +72,13 @@ def plotly_output(figure: dict) -> str:
     content = json.dumps(figure, separators=(",", ":")).replace("</", "<\\/")
     height = figure.get("layout", {}).get("height", 450)
     return f'<div class="plotly-figure" style="height:{height}px"><script type="application/json">{content}</script></div>'
+
+
+def page_of_audit(app, docname: str, source: list[str]) -> None:
+    "A title, and links where the table names headings of notebooks."
+    if docname != "reports/tables/claims": return
+    text = re.sub(r"(?<=\| )(\w+\.ipynb)(#\S+)(?= \|)", r"[\1](../../nbs/\1\2)", source[0])
+    source[0] = f"# Claims of the paper\n\n{text}"
 
 
 def page_of_notebook(app, docname: str, source: list[str]) -> None:
@@ -190,10 +198,11 @@ def tables() -> str:
 
 def figures() -> str:
     text = ""
-    for name, kinds in files("figures", ".svg", ".png", ".pdf", ".json").items():
+    for name, kinds in files("figures", ".svg", ".png", ".pdf", ".json", ".html").items():
+        content = ""
         if ".json" in kinds: content = plotly_output(json.loads(kinds[".json"].read_text(encoding="utf-8")))
         elif image := kinds.get(".svg") or kinds.get(".png"): content = f"![{html.escape(name.replace('_', ' '))}](../reports/figures/{image.name})"
-        else: content = ""
+        if page := kinds.pop(".html", None): content += f'\n\n<a href="../{page.name}">Open the interactive figure</a>'
         text += described(name, kinds, content)
     return text
 
@@ -213,6 +222,7 @@ myst_substitutions = {"audit": audit(), "picture": picture(), "tables": tables()
 
 
 def setup(app) -> dict:
+    app.connect("source-read", page_of_audit)
     app.connect("source-read", page_of_notebook)
     app.connect("doctree-read", number_cells)
     app.connect("doctree-resolved", link_names)
