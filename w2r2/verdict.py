@@ -16,19 +16,19 @@ from scipy.stats import t as student
 from .results import CELL, COLUMNS, cell_key
 from .tables import to_markdown
 
-# %% ../nbs/63_verdict.ipynb #21a15fbe
-KIND = ["task", "metric", "pass", "split"]
+# %% ../nbs/63_verdict.ipynb #349b9dfd
+KIND = ["task", "metric", "pass"]
 
 def seed_spread(
     reference: pd.DataFrame,  # results of all runs
-) -> pd.DataFrame:            # by KIND: spread (standard deviation between seeds), freedom
+) -> pd.DataFrame:            # by KIND: spread (standard deviation between seeds, of one record), freedom
     "The pooled spread between seeds of the same cell; kinds of numbers that have one seed only are missing."
-    within = reference.groupby(CELL, dropna=False).value.agg(["var", "count"]).reset_index()
-    within = within[within["count"] > 1].assign(freedom=lambda f: f["count"] - 1, square=lambda f: f["var"] * (f["count"] - 1))
+    within = reference.groupby(CELL, dropna=False).agg(var=("value", "var"), seeds=("value", "size"), n=("n", "max")).reset_index()
+    within = within[within.seeds > 1].assign(freedom=lambda f: f.seeds - 1, square=lambda f: f["var"] * f.n * (f.seeds - 1))
     pooled = within.groupby(KIND)[["square", "freedom"]].sum()
     return pd.DataFrame({"spread": np.sqrt(pooled.square / pooled.freedom), "freedom": pooled.freedom})
 
-# %% ../nbs/63_verdict.ipynb #42769438
+# %% ../nbs/63_verdict.ipynb #b824588d
 IDENTICAL, WITHIN, DIFFERENT, NEW = "identical", "within the seed interval", "different", "new"
 
 def verdict(
@@ -37,11 +37,11 @@ def verdict(
     level: float = .95,       # of the simultaneous interval
 ) -> pd.DataFrame:            # CELL, reference, here, allowed, verdict, note
     "One row for each cell."
-    sides = [{cell_key(rows.iloc[0]): rows.set_index("seed").value for _, rows in frame.groupby(CELL, dropna=False, sort=False)} for frame in (reference, results)]
+    sides = [{cell_key(rows.iloc[0]): rows.set_index("seed")[["n", "value"]] for _, rows in frame.groupby(CELL, dropna=False, sort=False)} for frame in (reference, results)]
     spread, found = seed_spread(reference), []
-    judged = sum(key in sides[1] and not sides[1][key].sort_index().equals(old.sort_index()) for key, old in sides[0].items())
+    judged = sum(key in sides[1] and not sides[1][key].value.sort_index().equals(old.value.sort_index()) for key, old in sides[0].items())
     for key in [*sides[0], *(key for key in sides[1] if key not in sides[0])]:
-        old, new = (side.get(key, pd.Series(dtype=float)).sort_index() for side in sides)
+        old, new = (side[key].value.sort_index() if key in side else pd.Series(dtype=float) for side in sides)
         row = dict(zip(CELL, key)) | {"reference": old.mean(), "here": new.mean(), "allowed": np.nan, "note": ""}
         kind = tuple(row[c] for c in KIND)
         if old.empty: row["verdict"] = NEW
@@ -49,7 +49,7 @@ def verdict(
         elif not new.index.equals(old.index): row |= {"verdict": DIFFERENT, "note": f"{len(new)} of {len(old)} seeds" if len(new) else "not regenerated"}
         elif kind not in spread.index: row |= {"verdict": DIFFERENT, "note": "one seed: must be identical"}
         else:
-            row["allowed"] = student.ppf(1 - (1 - level) / judged / 2, spread.freedom[kind]) * spread.spread[kind] * np.sqrt(2 / len(old))
+            row["allowed"] = student.ppf(1 - (1 - level) / judged / 2, spread.freedom[kind]) * spread.spread[kind] * np.sqrt(2 / len(old) / sides[0][key].n.max())
             row["verdict"] = WITHIN if abs(row["here"] - row["reference"]) <= row["allowed"] else DIFFERENT
         found.append(row)
     return pd.DataFrame(found, columns=[*CELL, "reference", "here", "allowed", "verdict", "note"])
