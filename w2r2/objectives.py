@@ -6,7 +6,8 @@
 __all__ = ['READINGS', 'Reading', 'Push', 'push', 'constant_visual', 'shortcut_pass', 'deter', 'hinge', 'score', 'agreement',
            'reweight', 'poe', 'whatwhere']
 
-# %% ../nbs/47_objectives.ipynb #fa8e2168
+# %% ../nbs/47_objectives.ipynb #db135b8b
+import math
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -112,15 +113,14 @@ def deter(
                 targets.valid.sum().item() if items is None else items).loss
     return found._replace(loss=loss)
 
-# %% ../nbs/47_objectives.ipynb #cc1fbf53
+# %% ../nbs/47_objectives.ipynb #65d270d8
 def hinge(s, fused, shortcut, targets, mu):
     "max(0, s_S - mu)"
     return (s - mu).clamp(min=0), s > mu, {}
 
 READINGS["literal"] = Reading("max(0, sg[s_S] - mu)", "Eq. 6 as printed", hinge)
 READINGS["direct"] = Reading("max(0, s_S - mu)", "Eq. 6 without its stop-gradient; s_S of the expected box", hinge, gradient=True, gated=True)
-READINGS["features"] = Reading("max(0, s_S - mu), s_S a function of sg[visual tokens]", "Eq. 6, stop-gradient on the shortcut's features", hinge,
-                               gradient=True, gated=True, constant_visual=True)
+READINGS["features"] = Reading("max(0, s_S - mu), s_S of sg[visual tokens]", "Eq. 6, stop-gradient on the shortcut's features", hinge, gradient=True, gated=True, constant_visual=True)
 
 # %% ../nbs/47_objectives.ipynb #36527e3f
 def score(s, fused, shortcut, targets, mu):
@@ -157,14 +157,12 @@ def poe(s, fused, shortcut, targets, mu):
 
 READINGS["poe"] = Reading("CE(p_F sg[p_S] / Z, y)", "product of experts (Clark et al. 2019)", poe)
 
-# %% ../nbs/47_objectives.ipynb #9576f056
+# %% ../nbs/47_objectives.ipynb #a194c42d
 def whatwhere(s, fused, shortcut, targets, mu):
     "Cross-entropy of the tokens that say what, plus how far from flat the tokens are that say where."
-    what = (targets.slot <= 0).nonzero()[:, 0]
-    losses = shortcut.new_zeros(len(targets.labels), dtype=torch.float32).index_copy(0, what, functional.cross_entropy(shortcut[what].float(), targets.labels[what], reduction="none"))
+    losses = functional.cross_entropy(shortcut.float(), targets.labels, reduction="none")
     identify = query_mean(losses, targets, targets.slot <= 0)
-    count = torch.tensor(targets.bins.count, device=losses.device)
-    divergence = -bin_logits(shortcut, targets).log_softmax(-1).mean((-2, -1)) / count.log() - 1
+    divergence = -bin_logits(shortcut, targets).log_softmax(-1).mean((-2, -1)) / math.log(targets.bins.count) - 1
     localise = per_query(divergence, losses.new_zeros(len(targets.words)), targets)
     return identify + localise, targets.valid, {"identify": identify, "localise": localise}
 
