@@ -190,7 +190,7 @@ def hinge(paper: dict) -> Finding:
     return Finding(NOT_TESTABLE, f"the margin mu = {mu} leaves alone every answer with IoU <= {mu}: at least {100 - highest:.1f} % ({100 - lowest:.1f} % for the lowest row) of the "
                    f"2D-only answers of Table 1, of which only {lowest} to {highest} % pass 0.5. The share that passes {mu} is not printed")
 
-# %% ../nbs/60_claims.ipynb #fe117ed5
+# %% ../nbs/60_claims.ipynb #a5c94f20
 def compare(
     results: pd.DataFrame,  # of all runs
     choose: dict,           # what both sides have in common
@@ -209,11 +209,11 @@ def compare(
     other = " ".join(f"{k} {v}" for k, v in b.items())
     d = contrast(select(results, **choose), a, b, scores)
     if d is None: return Finding(PENDING, f"no pair of results for {side} and {other}")
-    if not np.isfinite(d.low): return Finding(PENDING, f"{side} minus {other}: {d.value:+.3f}, a single pair without an interval")
+    if not np.isfinite(d.low): return Finding(PENDING, f"{side} minus {other}: {d.value:+.3f}, too few pairs for an interval")
     held = d.low > 0 if expect == "greater" else d.high >= 0
     return Finding(REPRODUCED if held else NOT_REPRODUCED, f"{side} minus {other}: {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], n = {d.n:,}, split {choose['split']}")
 
-# %% ../nbs/60_claims.ipynb #cbb46d6b
+# %% ../nbs/60_claims.ipynb #5fd5b16c
 def peak(
     results: pd.DataFrame,
     choose: dict,           # one curve
@@ -227,9 +227,9 @@ def peak(
     if len(means) < 3: return Finding(PENDING, f"{len(means)} points of the curve")
     best, worst = means.idxmax(), means.idxmin()
     d = contrast(select(results, **choose), {dial: best}, {dial: worst}, scores)
-    said = f"best at {dial} = {best:g} ({means[best]:.3f}), worst at {worst:g} ({means[worst]:.3f}), difference [{d.low:+.3f}, {d.high:+.3f}]"
-    if not np.isfinite(d.low): return Finding(PENDING, f"{said}: one seed")
-    return Finding(REPRODUCED if best == at and d.low > 0 else NOT_REPRODUCED, said + ("" if d.low > 0 else ": flat within the interval"))
+    said = f"best at {dial} = {best:g} ({means[best]:.3f}), worst at {worst:g} ({means[worst]:.3f})"
+    if not np.isfinite(d.low): return Finding(PENDING, f"{said}: too few seeds")
+    return Finding(REPRODUCED if best == at and d.low > 0 else NOT_REPRODUCED, f"{said}, difference [{d.low:+.3f}, {d.high:+.3f}]" + ("" if d.low > 0 else ": flat within the interval"))
 
 # %% ../nbs/60_claims.ipynb #8da4f026
 LINKS = {"overall": "the-overall-column", "granularity": "250-queries", "quoted": "the-metric-mix", "blind_is_better": "the-metric-mix", "premise": "the-metric-mix",

@@ -88,7 +88,7 @@ def select(
         keep &= results[column].isna() if wanted is None else results[column].isin(wanted if isinstance(wanted, list) else [wanted])
     return results[keep]
 
-# %% ../nbs/59_results.ipynb #ab5a359c
+# %% ../nbs/59_results.ipynb #4e155b0d
 def ratio(sums: np.ndarray) -> np.ndarray:
     "(..., 2) sum and count -> mean."
     return sums[..., 0] / sums[..., 1]
@@ -107,7 +107,7 @@ def interval(
             raise ValueError(f"results and scores are not of the same runs: {rows.iloc[0][CELL].to_dict()}")
         drawn = bootstrap(chosen[["sum", "count"]].to_numpy(float), chosen.scene.to_numpy(), chosen.seed.to_numpy() if seeds > 1 else None, ratio, resamples)
         return drawn.low, drawn.high, "scenes and seeds" if seeds > 1 else "scenes"
-    if seeds > 1:
+    if seeds > 2:
         half = student.ppf(.975, seeds - 1) * rows.value.std(ddof=1) / np.sqrt(seeds)
         return mean - half, mean + half, "seeds"
     if rows.metric.iloc[0].startswith(("Acc", "EM")):
@@ -126,7 +126,7 @@ def cells(
         found.append({**rows.iloc[0][CELL], "n": int(rows.n.max()), "seeds": len(rows), "value": rows.value.mean(), "low": low, "high": high, "interval": over})
     return pd.DataFrame(found, columns=[*CELL, "n", "seeds", "value", "low", "high", "interval"])
 
-# %% ../nbs/59_results.ipynb #3ec8b222
+# %% ../nbs/59_results.ipynb #cdc2a645
 PAIRED = ["noise", "split", "task", "metric", "protocol", "proposals", "pass"]
 
 def contrast(
@@ -135,7 +135,7 @@ def contrast(
     b: dict,                # choice of the second side
     scores: dict = {},      # from `read_scores`
     resamples: int = 2000,
-) -> Difference | None:     # None where there is no pair; no interval from a single pair without scores
+) -> Difference | None:     # None where there is no pair; no interval from fewer than three pairs without scores
     "Mean of a - b over pairs, with a 95 % interval over scenes and seeds where scores are at hand, else over seeds."
     first, second = select(results, **a), select(results, **b)
     on = [c for c in PAIRED if c not in a and c not in b]
@@ -153,6 +153,6 @@ def contrast(
                                  both.seed.to_numpy() if len(pairs) > 1 else None, ratio, resamples)
     differences = pairs.value - pairs.value_b
     mean, n, spread = differences.mean(), len(pairs), differences.std(ddof=1)
-    if n == 1: return Difference(mean, np.nan, np.nan, 1, np.nan)
+    if n < 3: return Difference(mean, np.nan, np.nan, n, np.nan)
     half = student.ppf(.975, n - 1) * spread / np.sqrt(n)
     return Difference(mean, mean - half, mean + half, n, float(2 * student.sf(abs(mean) / (spread / np.sqrt(n)), n - 1)) if spread else float(mean == 0))

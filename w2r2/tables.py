@@ -29,7 +29,7 @@ def measured(
     scale = np.where(found.task.isin(["scanrefer", "scan2cap", "scanqa"]), 100, 1)
     return found.assign(**{c: found[c] * scale for c in ("value", "low", "high")}, refined=np.where(found.proposals == "yes", "yes", "no"))[[*SHOWN, "refined"]].to_dict("records")
 
-# %% ../nbs/61_tables.ipynb #d9a90f3a
+# %% ../nbs/61_tables.ipynb #00c815c1
 def number_text(
     row: dict,         # value, low, high, interval
     digits: int = 1,
@@ -40,13 +40,16 @@ def number_text(
     return f"{row['value']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
 
 def what_text(
-    row: dict,         # split, protocol, n, seeds, interval
+    rows: list[dict],  # of one line of a table: split, protocol, n, seeds, interval
 ) -> str:
-    "What stands behind a number."
-    if row["interval"] == NOT_MEASURED: return NOT_MEASURED
-    return f"{row['split']}, protocol {row['protocol']}, n {row['n']:,.0f}, {row['seeds']:.0f} seed{'s' * (row['seeds'] > 1)}"
+    "What stands behind the numbers of a line."
+    known = [row for row in rows if row["interval"] != NOT_MEASURED]
+    if not known: return NOT_MEASURED
+    def span(name): return "–".join(dict.fromkeys(f"{value:,.0f}" for value in (min(row[name] for row in known), max(row[name] for row in known))))
+    splits, protocols = (list(dict.fromkeys(row[name] for row in known)) for name in ("split", "protocol"))
+    return f"{splits[0] if len(splits) == 1 else 'each split'}, protocol {', '.join(protocols)}, n {span('n')}, seeds {span('seeds')}"
 
-# %% ../nbs/61_tables.ipynb #d0808d67
+# %% ../nbs/61_tables.ipynb #74bebae6
 def grid(
     tidy: pd.DataFrame,
     labels: list[str],        # columns that name a line
@@ -63,8 +66,8 @@ def grid(
         name = f"{row[column]}, here" if "printed" in row else row[column]
         if name in line: raise ValueError(f"grid: two numbers for {name} in line {key}; name what tells them apart in the labels")
         line[name] = number_text(row, row.get("digits", digits))
-        sources.setdefault(key, {})[what_text(row)] = None
-    for key, line in lines.items(): line["measured on"] = "; ".join([w for w in sources[key] if w != NOT_MEASURED] or [NOT_MEASURED])
+        sources.setdefault(key, []).append(row)
+    for key, line in lines.items(): line["measured on"] = what_text(sources[key])
     frame = pd.DataFrame(list(lines.values())).fillna("–")
     return frame[[c for c in frame if c != "measured on"] + ["measured on"]]
 
@@ -105,7 +108,7 @@ def to_markdown(
     def line(values): return "| " + " | ".join(str(v).replace("|", "\\|") for v in values) + " |"
     return "\n".join([line(frame.columns), line(["---"] * frame.shape[1]), *map(line, frame.to_numpy())]) + "\n"
 
-# %% ../nbs/61_tables.ipynb #dbcdfa26
+# %% ../nbs/61_tables.ipynb #58928ce1
 METRICS = {"Acc@0.25": "Acc@0.25", "Acc@0.5": "Acc@0.5", "BLEU-4": "BLEU-4@0.5", "CIDEr": "CIDEr@0.5", "EM": "EM@1"}    # column of Table 2 -> metric of ours
 
 def table2(
@@ -125,7 +128,8 @@ def table2(
             rows += [label | {"metric": column, "printed": number} | found for found in measured(figures, arm=system, metric=METRICS[column])]
         own = pd.DataFrame([row for row in rows if row["system"] == label["system"]])
         for _, five in own.groupby(["noise", "refined"], dropna=False):
-            mean = five.value.mean() if len(five) == 5 and five.value.notna().all() else np.nan
+            if len(five) < 5: continue    # no mean of what is not there
+            mean = five.value.mean() if five.value.notna().all() else np.nan
             rows.append(label | {"metric": "Overall", "printed": printed[5]} | five.iloc[0][[*SHOWN, "refined"]].to_dict() | {"value": mean, "low": np.nan, "high": np.nan, "interval": NOT_MEASURED if np.isnan(mean) else "none"})
     return pd.DataFrame(rows)
 
@@ -210,7 +214,7 @@ def write_table(
     paths[2].write_text(style.to_latex(hrules=True, caption=caption.translate(LATEX), label=f"tab:{name}", position_float="centering"), encoding="utf-8")
     return paths
 
-# %% ../nbs/61_tables.ipynb #a7c503db
+# %% ../nbs/61_tables.ipynb #72f29786
 def write_all(
     results: pd.DataFrame,
     paper: dict,
@@ -219,14 +223,14 @@ def write_all(
     audited: pd.DataFrame = None,   # from `w2r2.claims.audit`
 ) -> dict[str, pd.DataFrame]:       # name -> grid
     "Write every table for which there are results; the two of the paper and the audit always."
-    defaults, noise = paper["defaults"], "Intervals: 95 %, over scenes and seeds where both are at hand (column interval of the csv)."
+    defaults, legend = paper["defaults"], "Noise: of the geometry, 0 = sensor depth. Refined: by proposals. Intervals: 95 %, over scenes and seeds where both are at hand (column interval of the csv)."
     tables = {
-        "table1": (table1(results, paper, scores=scores), ["input", "system", "noise", "refined"], "metric", f"Table 1 of the paper, ScanRefer. {noise}"),
-        "table2": (table2(results, paper, scores=scores), ["system", "noise", "refined"], "metric", f"Table 2 of the paper. Caption columns here: at IoU 0.5, the true box given. {noise}"),
-        "arms": (arms_table(results, defaults, scores=scores), ["arm", "noise", "lam", "mu", "steps", "refined"], "metric", f"Readings of Eq. 6, controls and the intervention, ScanRefer, in percent. {noise}"),
-        "robustness": (robustness(results, defaults, scores=scores), ["arm", "noise", "refined"], "split", f"Acc@0.25 by split, in percent. {noise}"),
-        "causality": (causality(results, defaults, scores=scores), ["arm", "noise", "refined"], "metric", f"What each input is worth, and whether answers follow the geometry. {noise}"),
-        "cost": (cost(results, defaults), ["arm", "lam", "mu"], "metric", "Cost of a training step relative to plain fine-tuning, and share of active hinges."),
+        "table1": (table1(results, paper, scores=scores), ["input", "system", "noise", "refined"], "metric", f"Table 1 of the paper, ScanRefer. {legend}"),
+        "table2": (table2(results, paper, scores=scores), ["system", "noise", "refined"], "metric", f"Table 2 of the paper. Caption columns here: at IoU 0.5, the true box given. {legend}"),
+        "arms": (arms_table(results, defaults, scores=scores), ["arm", "noise", "lam", "mu", "steps", "refined"], "metric", f"Readings of Eq. 6, controls and the intervention, ScanRefer, in percent. {legend}"),
+        "robustness": (robustness(results, defaults, scores=scores), ["arm", "noise", "refined"], "split", f"Acc@0.25 by split, in percent. {legend}"),
+        "causality": (causality(results, defaults, scores=scores), ["arm", "noise", "refined"], "metric", f"What each input is worth, and whether answers follow the geometry. {legend}"),
+        "cost": (cost(results, defaults), ["arm", "noise", "lam", "mu", "steps"], "metric", "Cost of a training step relative to plain fine-tuning, and share of active hinges."),
     }
     pages = {}
     for name, (tidy, labels, column, caption) in tables.items():
