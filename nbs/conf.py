@@ -36,6 +36,7 @@ templates_path = ["_templates"]
 html_additional_pages = {"index": "to_contents.html"}
 
 nb_execution_mode = "off"
+nb_ipywidgets_js = {}                 # a progress bar needs no script from elsewhere
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]   # a table may start below level 1
@@ -77,7 +78,7 @@ def plotly_output(figure: dict) -> str:
 def page_of_audit(app, docname: str, source: list[str]) -> None:
     "A title, and links where the table names headings of notebooks."
     if docname != "reports/tables/claims": return
-    text = re.sub(r"(?<=\| )(\w+\.ipynb)(#\S+)(?= \|)", r"[\1](../../nbs/\1\2)", source[0])
+    text = re.sub(r"(?<=\| )(\w+\.ipynb)#(\S+)(?= \|)", lambda link: f"[{link[2].replace('-', ' ')}](../../nbs/{link[0]})", source[0])
     source[0] = f"# Claims of the paper\n\n{text}"
 
 
