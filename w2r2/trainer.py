@@ -26,7 +26,7 @@ from .model import INPUTS
 from .objectives import READINGS, deter
 from .reforming import Reforming, anchor_agreement, visual_attention
 
-# %% ../nbs/50_trainer.ipynb #327cbe1a
+# %% ../nbs/50_trainer.ipynb #434f6681
 @dataclass
 class W2R2Config(TrainingArguments):
     "Arguments of `W2R2Trainer`; raises ValueError for values that mean nothing."
@@ -47,7 +47,6 @@ class W2R2Config(TrainingArguments):
     disable_tqdm: bool = field(default=True, metadata={"help": "No progress bar, and nothing printed; the log is in trainer.state.log_history."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is no number is logged as it is."})
     ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "Every trainable parameter is used in every step."})
-    ddp_broadcast_buffers: bool = field(default=False, metadata={"help": "The only buffers are constants."})
 
     def __post_init__(self):
         super().__post_init__()
