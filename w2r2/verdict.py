@@ -28,7 +28,7 @@ def seed_spread(
     pooled = within.groupby(KIND)[["square", "freedom"]].sum()
     return pd.DataFrame({"spread": np.sqrt(pooled.square / pooled.freedom), "freedom": pooled.freedom})
 
-# %% ../nbs/63_verdict.ipynb #b824588d
+# %% ../nbs/63_verdict.ipynb #28b0145e
 IDENTICAL, WITHIN, DIFFERENT, NEW = "identical", "within the seed interval", "different", "new"
 
 def verdict(
@@ -37,19 +37,24 @@ def verdict(
     level: float = .95,       # of the simultaneous interval
 ) -> pd.DataFrame:            # CELL, reference, here, allowed, verdict, note
     "One row for each cell."
-    sides = [{cell_key(rows.iloc[0]): rows.set_index("seed")[["n", "value"]] for _, rows in frame.groupby(CELL, dropna=False, sort=False)} for frame in (reference, results)]
+    sides, records = [{}, {}], {}
+    for side, frame in zip(sides, (reference, results)):
+        for row in frame.to_dict("records"):
+            side.setdefault(cell_key(row), {})[row["seed"]] = row["value"]
+            records.setdefault(cell_key(row), row["n"])
     spread, found = seed_spread(reference), []
-    judged = sum(key in sides[1] and not sides[1][key].value.sort_index().equals(old.value.sort_index()) for key, old in sides[0].items())
-    for key in [*sides[0], *(key for key in sides[1] if key not in sides[0])]:
-        old, new = (side[key].value.sort_index() if key in side else pd.Series(dtype=float) for side in sides)
-        row = dict(zip(CELL, key)) | {"reference": old.mean(), "here": new.mean(), "allowed": np.nan, "note": ""}
+    judged = sum(key in sides[1] and sides[1][key] != old for key, old in sides[0].items())
+    for key in dict.fromkeys([*sides[0], *sides[1]]):
+        old, new = (side.get(key, {}) for side in sides)
+        means = [np.mean(list(numbers.values())) if numbers else np.nan for numbers in (old, new)]
+        row = dict(zip(CELL, key)) | {"reference": means[0], "here": means[1], "allowed": np.nan, "note": ""}
         kind = tuple(row[c] for c in KIND)
-        if old.empty: row["verdict"] = NEW
-        elif old.equals(new): row["verdict"] = IDENTICAL
-        elif not new.index.equals(old.index): row |= {"verdict": DIFFERENT, "note": f"{len(new)} of {len(old)} seeds" if len(new) else "not regenerated"}
+        if not old: row["verdict"] = NEW
+        elif old == new: row["verdict"] = IDENTICAL
+        elif old.keys() != new.keys(): row |= {"verdict": DIFFERENT, "note": f"{len(new)} of {len(old)} seeds" if new else "not regenerated"}
         elif kind not in spread.index: row |= {"verdict": DIFFERENT, "note": "one seed: must be identical"}
         else:
-            row["allowed"] = student.ppf(1 - (1 - level) / judged / 2, spread.freedom[kind]) * spread.spread[kind] * np.sqrt(2 / len(old) / sides[0][key].n.max())
+            row["allowed"] = student.ppf(1 - (1 - level) / judged / 2, spread.freedom[kind]) * spread.spread[kind] * np.sqrt(2 / len(old) / records[key])
             row["verdict"] = WITHIN if abs(row["here"] - row["reference"]) <= row["allowed"] else DIFFERENT
         found.append(row)
     return pd.DataFrame(found, columns=[*CELL, "reference", "here", "allowed", "verdict", "note"])
