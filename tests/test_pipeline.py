@@ -1,0 +1,66 @@
+"""dvc.yaml, params.yaml and the notebooks of the pipeline belong together."""
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from w2r2.experiments import plan, sources
+from w2r2.objectives import READINGS
+from w2r2.trainer import W2R2Config
+
+ROOT = Path(__file__).parents[1]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+PARAMS = {name: yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) for name in ("params.yaml", "params.ci.yaml")}
+IN_WORKERS = {"diagnose": ["finetuning"], "train": ["finetuning"], "evaluate": ["evaluation"]}    # named in jobs, not imported
+
+
+def notebook(stage):
+    path = next(dep for dep in STAGES[stage]["deps"] if dep.startswith("nbs/pipeline/"))
+    return nbformat.read(ROOT / path, 4)
+
+
+def value(params, name):
+    for key in name.split("."): params = params[key]
+    return params
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_depends_on_every_module_it_uses(stage):
+    code = "\n".join(cell.source for cell in notebook(stage).cells if cell.cell_type == "code")
+    imported = re.findall(r"^from w2r2\.(\w+) import", code, re.M) + re.findall(r"^from w2r2 import (\w+)$", code, re.M)
+    needed = {f"w2r2/{path.name}" for path in sources(*imported, *IN_WORKERS.get(stage, []))}
+    assert needed <= set(STAGES[stage]["deps"]), f"add to the deps of {stage}: {sorted(needed - set(STAGES[stage]['deps']))}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("file", PARAMS)
+def test_stage_names_parameters_that_exist(stage, file):
+    used = re.findall(r"\$\{(\w+\.\w+)\}", STAGES[stage]["cmd"])
+    for name in [*used, *STAGES[stage].get("params", [])]: value(PARAMS[file], name)
+    tracked = set(STAGES[stage].get("params", []))
+    assert {name for name in used if not name.endswith(".workers")} <= tracked | {name for name in used if name.split(".")[0] in tracked}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_passes_parameters_that_the_notebook_declares(stage):
+    cells = [cell for cell in notebook(stage).cells if "parameters" in cell.metadata.get("tags", [])]
+    declared = re.findall(r"^(\w+) =", cells[0].source, re.M)
+    assert len(cells) == 1 and set(re.findall(r" -[pr] (\w+) ", STAGES[stage]["cmd"])) <= set(declared)
+
+
+@pytest.mark.parametrize("file", PARAMS)
+def test_every_set_can_be_planned(file):
+    params, known = PARAMS[file], {field.name for field in fields(W2R2Config)} | {"steps", "times", "per_task", "fusion", "zero"}
+    for name in params["train"]["sets"]:
+        runs = plan(params | {"train": params["train"] | {"set": name}})
+        assert {"plain", "direct"} <= {run.arm for run in runs}
+    for arm in (params["w2r2"], *params["train"]["arms"].values()):
+        assert set(arm) <= known and arm.get("reading", "none") in READINGS
+
+
+def test_miniature_is_the_same_pipeline():
+    full, small = PARAMS.values()
+    assert {name: set(section) for name, section in full.items()} == {name: set(section) for name, section in small.items()}
