@@ -98,7 +98,7 @@ def say(
         lines += [" ".join(map(str, asked)), "  " + (said if isinstance(said, str) else " ".join(f"{value:.2f}" for value in said) + "  (cx cy cz dx dy dz in metres)")]
     return "\n".join(lines)
 
-# %% ../nbs/91_cli.ipynb #232eb381
+# %% ../nbs/91_cli.ipynb #cc380c54
 def parser() -> argparse.ArgumentParser:
     "The arguments of the command `w2r2`."
     top = argparse.ArgumentParser(prog="w2r2", description="What-Where Representation Re-Forming: benchmark, scores, scans, answers.",
@@ -139,8 +139,8 @@ def parser() -> argparse.ArgumentParser:
     answers.add_argument("given", nargs="+", metavar="QUESTION", help="in words")
 
     tell = commands.add_parser("describe", parents=[scan, model], help="describe annotated objects of a scan", **example,
-                               epilog="example:\n  w2r2 describe scene9000_00 --object 8 9")
-    tell.add_argument("--object", dest="given", nargs="+", type=int, required=True, metavar="ID", help="as listed by `w2r2 show`")
+                               epilog="example:\n  w2r2 describe scene9000_00 --object 8 --object 9")
+    tell.add_argument("--object", dest="given", action="append", type=int, required=True, metavar="ID", help="as listed by `w2r2 show`; may be given again")
 
     rate = commands.add_parser("score", help="score a prediction file under a published protocol", **example,
                                epilog="example:\n  w2r2 score --benchmark scanrefer --protocol scanrefer predictions.json "

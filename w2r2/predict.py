@@ -34,7 +34,7 @@ def allowed(
     legal[:, 0, packer.first_bin:packer.first_bin + count] = torch.nn.functional.pad(seen, (0, count - seen.shape[1]))
     return legal
 
-# %% ../nbs/51_predict.ipynb #ec41061c
+# %% ../nbs/51_predict.ipynb #8dd36b29
 @torch.no_grad()
 def decode(
     model: FusedVLM,
@@ -65,9 +65,14 @@ def decode(
         said.append(torch.where(running, token, -1))
         if held is not None and step == 6: running = running & ~held
         if not running.any(): break
-        batch = extend(batch, said[-1], packer.pad)
-        logits = model(**{name: batch[name] for name in INPUTS}, past_key_values=output.past_key_values).logits
+        batch = _without(extend(batch, said[-1].where(running, -1), packer.pad), ~running.any(0))
+        logits[:, running.any(0)] = model(**{name: batch[name] for name in INPUTS}, past_key_values=output.past_key_values).logits
     return torch.stack(said, -1), own
+
+def _without(batch: dict[str, torch.Tensor], ended: torch.Tensor) -> dict[str, torch.Tensor]:
+    "The batch less those of the (Q,) new tokens that are padding in every scene: nobody sees them, and long answers need not carry short ones along."
+    rows, every = ~ended, torch.nn.functional.pad(~ended, (batch["segment"].shape[1] - len(ended), 0), value=True)
+    return batch | {name: batch[name][..., every] for name in ("input_ids", "segment", "position_ids")} | {"attention_mask": batch["attention_mask"][:, :, rows][..., every]}
 
 # %% ../nbs/51_predict.ipynb #7fd205c6
 def read_boxes(
