@@ -9,11 +9,13 @@ import torch
 from w2r2 import rooms
 from w2r2.answers import Bins
 from w2r2.backbone import build_tokenizer, tiny_config
+from w2r2.cli import main
 from w2r2.model import FusedConfig, FusedVLM
 from w2r2.packing import Packer
 from w2r2.predict import answer
 
 SCENES = 120
+TINY = rooms.RECIPES.parent / "rooms-tiny"
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,15 @@ def test_batches_and_order_change_nothing(setting):
     assert np.array_equal(together.boxes, np.concatenate([one.boxes for one in alone]))
     assert together.numbers.tolist() == [query["number"] for scene in scenes[:24] for query in scene["queries"]]
     assert len(set(together.texts)) > 20, "an untrained model should still not say the same to everything"
+
+
+@pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="data/rooms-tiny is not there")
+@pytest.mark.parametrize("command", [("ground", "scene9000_00", "the black couch", "a red armchair", "--refined"),
+                                     ("ask", "scene9001_00", "how many chairs are there?", "what color is the door?"),
+                                     ("describe", "scene9002_00", "--object", "8", "--object", "9")])
+def test_the_model_that_comes_along_answers_in_json(command, capsys):
+    assert main([*command, "--blind", "3d", "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    assert len(answers) == 2
+    for *_, said in map(dict.values, answers):
+        assert len(said) == 6 and min(said[3:]) > 0 if command[0] == "ground" else said.strip()

@@ -55,8 +55,8 @@ def show(root: str, scene_id: str, html: str | None, as_json: bool) -> str:
     lines = [f"{scene_id}: {len(objects)} objects; boxes are cx cy cz dx dy dz in metres"]
     return "\n".join(lines + [f"{o['id']:4d}  {o['label']:<16}" + " ".join(f"{v:7.2f}" for v in o["box"]) for o in objects])
 
-# %% ../nbs/91_cli.ipynb #336a3ee5
-LINE_COLORS = "#d35400", "#1b4f72", "#117a65", "#76448a", "#b7950b", "#111111"
+# %% ../nbs/91_cli.ipynb #95f56ef1
+LINE_COLORS = "#d35400", "#117a65", "#76448a", "#b7950b", "#111111"
 
 
 def consult(
@@ -64,7 +64,8 @@ def consult(
     scan: Scan,
     folder: str,                    # of the model
     given: list[str] | list[int],   # descriptions, questions, or ids of annotated objects
-    refined: bool = False,          # see `w2r2.predict.ground`
+    refined: bool = False,          # this and the next: see `w2r2.predict.ground`
+    blind: str | None = None,
 ) -> list[dict]:                    # one record per answer
     "What a model answers about a scan; raises ValueError for an object that the scan does not have or no view shows."
     from transformers.utils import logging      # not above: reading these takes seconds, which the other commands need not wait for
@@ -74,7 +75,7 @@ def consult(
 
     logging.disable_progress_bar()
     model, tokenizer, packer = load(folder)
-    words = {"packer": packer, "tokenizer": tokenizer}
+    words = {"blind": blind, "packer": packer, "tokenizer": tokenizer}
     if command == "ground":
         return [{"text": text, "box": np.round(box, 3).tolist()} for text, box in zip(given, predict.ground(model, scan, given, refined, **words))]
     if command == "ask":
@@ -98,7 +99,7 @@ def say(
         lines += [" ".join(map(str, asked)), "  " + (said if isinstance(said, str) else " ".join(f"{value:.2f}" for value in said) + "  (cx cy cz dx dy dz in metres)")]
     return "\n".join(lines)
 
-# %% ../nbs/91_cli.ipynb #cc380c54
+# %% ../nbs/91_cli.ipynb #415eb724
 def parser() -> argparse.ArgumentParser:
     "The arguments of the command `w2r2`."
     top = argparse.ArgumentParser(prog="w2r2", description="What-Where Representation Re-Forming: benchmark, scores, scans, answers.",
@@ -121,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     scan.add_argument("--json", action="store_true", help="print JSON")
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", default=str(data / "rooms-tiny"), help="folder of a model (default: the tiny one that comes with w2r2)")
+    model.add_argument("--blind", choices=["2d", "3d", "both"], help="what the model may not see: appearance, geometry, anything (default: it sees all)")
     page = argparse.ArgumentParser(add_help=False)
     page.add_argument("--html", help="write an interactive 3D page to this file")
 
@@ -165,7 +167,7 @@ def run(arguments: argparse.Namespace):
         return scored.json() if arguments.json else scored.table()
     if arguments.command in ("ground", "ask", "describe"):
         with Scan(arguments.root, arguments.scene) as scan, Console(stderr=True, force_terminal=sys.stderr.isatty(), force_jupyter=False).status(f"{arguments.scene}: the model is looking"):
-            answers = consult(arguments.command, scan, arguments.model, arguments.given, getattr(arguments, "refined", False))
+            answers = consult(arguments.command, scan, arguments.model, arguments.given, getattr(arguments, "refined", False), arguments.blind)
             if getattr(arguments, "html", None):
                 texts = ["<br>".join(textwrap.wrap(answer["text"], 40)) for answer in answers]
                 write_page(scan, arguments.html, np.array([answer["box"] for answer in answers]), texts, texts, [LINE_COLORS[i % len(LINE_COLORS)] for i in range(len(texts))])

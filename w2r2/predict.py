@@ -160,26 +160,27 @@ def read_words(
     if unknown: warnings.warn(f"this model does not know {', '.join(map(repr, unknown))}", stacklevel=2)
     return told["input_ids"]
 
-# %% ../nbs/51_predict.ipynb #ae597e66
-def _respond(model: FusedVLM, scene: dict, queries: list[dict], packer: Packer | None, tokenizer: PreTrainedTokenizerBase | None) -> Predictions:
+# %% ../nbs/51_predict.ipynb #bf638883
+def _respond(model: FusedVLM, scene: dict, queries: list[dict], blind: str | None, packer: Packer | None, tokenizer: PreTrainedTokenizerBase | None) -> Predictions:
     "Answers to queries (`task`, and `text` or `view` and `box`) about a scene from `look`."
     if packer is None or tokenizer is None: tokenizer, packer = companions(model.name_or_path)
     blank = {"answer": None, "view": -1, "box": torch.full((6,), torch.nan)}
     asked = [blank | query | {"number": number, "prompt": read_words(tokenizer, query["text"]) if "text" in query else []} for number, query in enumerate(queries)]
-    return answer(model, [scene | {"queries": asked}], packer, tokenizer)
+    return answer(model, [scene | {"queries": asked}], packer, tokenizer, blind)
 
 def ground(
     model: FusedVLM,
     scan: Scan,
     texts: Sequence[str],     # descriptions of objects
     refined: bool = False,    # replace each box by the proposal that overlaps it most; proposals come from depth and colour alone
+    blind: str | None = None, # what the model may not see, as in `answer`; a backbone that has not learned from geometry is asked with "3d"
     packer: Packer | None = None,                        # this and the next: those in the folder of the model, where not given
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options,                # of `look`
 ) -> np.ndarray:              # (n, 6) boxes in the aligned scan frame [m]
     "The boxes of the objects that the texts describe."
     scene, views = look(model, scan, **options)
-    boxes = _respond(model, scene, [{"task": 0, "text": text} for text in texts], packer, tokenizer).boxes
+    boxes = _respond(model, scene, [{"task": 0, "text": text} for text in texts], blind, packer, tokenizer).boxes
     if not refined: return boxes
     return refine(boxes, propose(*fuse(*(views[name] for name in ("depth", "color", "poses", "intrinsic_depth", "intrinsic_color")))))
 
@@ -187,19 +188,21 @@ def ask(
     model: FusedVLM,
     scan: Scan,
     questions: Sequence[str],
+    blind: str | None = None,
     packer: Packer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options,
 ) -> list[str]:
     "Answers to questions about a scan; further arguments as for `ground`."
     scene, _ = look(model, scan, **options)
-    return _respond(model, scene, [{"task": 2, "text": text} for text in questions], packer, tokenizer).texts
+    return _respond(model, scene, [{"task": 2, "text": text} for text in questions], blind, packer, tokenizer).texts
 
 def describe(
     model: FusedVLM,
     scan: Scan,
     boxes: np.ndarray,        # (n, 6) in the aligned scan frame [m]
     named: Sequence[int] | None = None,   # view to name each box in; None: the one that it fills most
+    blind: str | None = None,
     packer: Packer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options,
@@ -209,4 +212,4 @@ def describe(
     if named is None: named = best_views(projected_areas(np.asarray(boxes), views["poses"], views["intrinsic_color"], views["color"].shape[2:0:-1]))
     hidden = [number for number, view in enumerate(named) if view < 0]
     if hidden: raise ValueError(f"{scan.scene_id}: none of the {len(views['color'])} views shows box {hidden[0]}; describe another, or let the model see more views")
-    return _respond(model, scene, [{"task": 1, "view": int(view), "box": torch.as_tensor(box)} for view, box in zip(named, boxes, strict=True)], packer, tokenizer).texts
+    return _respond(model, scene, [{"task": 1, "view": int(view), "box": torch.as_tensor(box)} for view, box in zip(named, boxes, strict=True)], blind, packer, tokenizer).texts
