@@ -169,7 +169,7 @@ def dense_losses(
     losses["point"] = 2 * (distance(said["point"] / point, labels.point / point, 0.2) * labels.measured).mean()
     return losses
 
-# %% ../nbs/54_dense.ipynb #19338f8b
+# %% ../nbs/54_dense.ipynb #df04d130
 def dense_scores(
     said: dict[str, torch.Tensor],  # from `DenseHeads`
     labels: DenseLabels,
@@ -179,4 +179,4 @@ def dense_scores(
     right = {name: (said[name].argmax(-1) == labels.attributes[..., place])[where].float().mean() for place, name in enumerate(ATTRIBUTES)}
     box = (said["box3d"] - labels.box3d)[where].abs()
     errors = {"reach": (said["box2d"] - labels.box2d)[where].abs().mean(), "centre": box[:, :3].mean(), "size": box[:, 3:].mean()}
-    return {name: float(value) for name, value in (right | errors).items()}
+    return {name: float(value.detach()) for name, value in (right | errors).items()}
