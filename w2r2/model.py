@@ -37,7 +37,7 @@ class FusedConfig(PreTrainedConfig):
     @property
     def text_config(self): return self.vlm_config.text_config
 
-# %% ../nbs/44_model.ipynb #0c93df1d
+# %% ../nbs/44_model.ipynb #7c8213e5
 class Additions(nn.Module):
     "Learned input embeddings that a tiny decoder needs: which view and patch, what is asked, which view was chosen."
 
@@ -47,6 +47,7 @@ class Additions(nn.Module):
         hidden = config.text_config.hidden_size
         self.view, self.patch = nn.Embedding(config.views, hidden), nn.Embedding(config.grid[0] * config.grid[1], hidden)
         self.query = nn.Linear(hidden, hidden, bias=False)
+        self.importance, self.order = nn.Parameter(torch.zeros(hidden)), nn.Parameter(torch.zeros(64))   # of a word of the prompt; of its place
         self.object = nn.Linear(hidden, 1)
 
     def visual(self, visual_index: torch.Tensor) -> torch.Tensor:
@@ -59,15 +60,17 @@ class Additions(nn.Module):
         place: torch.Tensor,      # (B, T) text positions
         segment: torch.Tensor,    # (B, T)
     ) -> torch.Tensor:            # (B, T, hidden)
-        "The mean word of its prompt for each token from `<answer>` on; the first view named in its query for each token from there on."
+        "The weighted mean word of its prompt for each token from `<answer>` on; the first view named in its query for each token from there on."
         config = self.config
         mine = segment[:, None] == torch.arange(int(segment.max()) + 1, device=segment.device)[:, None]              # (B, Q, T)
         def first(hit): return torch.where(mine & hit[:, None], place[:, None], place.max() + 1).amin(-1, keepdim=True)  # (B, Q, 1)
         number = input_ids - config.first_bin
         is_view = (number >= 0) & (number < config.views)
         opened, named = first(input_ids == config.answer_token_id), first(is_view)
-        prompt = (mine & (place[:, None] < opened)).to(embedded)
-        asked = self.query(prompt @ embedded / prompt.sum(-1, keepdim=True).clamp(min=1))
+        prompt = mine & (place[:, None] < opened)
+        rank = (place[:, None] - first(prompt.any(1))).clamp(0, len(self.order) - 1)
+        weights = (embedded @ self.importance)[:, None] + self.order[rank]
+        asked = self.query(weights.masked_fill(~prompt, torch.finfo(weights.dtype).min).softmax(-1).masked_fill(~prompt, 0) @ embedded)
         chosen = self.view(torch.where(mine & is_view[:, None] & (place[:, None] == named), number[:, None], 0).amax(-1))
         answer, after = mine & (place[:, None] >= opened), mine & (place[:, None] >= named)
         return answer.to(embedded).mT @ asked + after.to(embedded).mT @ chosen
