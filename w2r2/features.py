@@ -19,14 +19,14 @@ from .model import FusedVLM
 from .prepared import Prepared
 from .tasks import captioned_objects, read_scanqa, read_scanrefer, scene_views
 
-# %% ../nbs/45_features.ipynb #45bc3612
+# %% ../nbs/45_features.ipynb #aea57eb4
 @dataclass(frozen=True)
 class Features:
     "Features of the scenes of a split; arrays are memory-mapped, and their first axis is the scene."
     scenes: list[str]          # (S,) scene ids
     f2d: np.ndarray            # (S, V * patches, d) float16
     geometry: np.ndarray       # (S, V * patches, g) float32 [m]
-    visual_index: np.ndarray   # (S, N) int16, increasing: the patches shown to the language model
+    visual_index: np.ndarray   # (S, N) int16, increasing, then -1 if there are fewer: the patches shown to the language model
     poses: np.ndarray          # (S, V, 4, 4) float64 camera-to-scan
 
     @classmethod
@@ -43,21 +43,25 @@ class Features:
 
 def _geometry(folder: Path, noise: float) -> Path: return folder / f"geometry_{noise:g}.npy"
 
-# %% ../nbs/45_features.ipynb #8455199b
+# %% ../nbs/45_features.ipynb #7c2d6211
 def _encode_scene(model: FusedVLM, prepared: Prepared, row: int, noises: list[float], keep: int) -> dict[str, np.ndarray]:
     torch.set_num_threads(1)
     views = {name: np.array(getattr(prepared, name)[row]) for name in ("color", "depth", "poses", "intrinsic_color", "intrinsic_depth")}
     f2d = model.encode_images(views["color"])
     number = int(prepared.scenes[row][5:9])
     geometry = {_geometry(Path(), noise).stem: encoder3d(model.config.encoder3d, grid=tuple(model.config.grid), noise=noise)(views, number).numpy() for noise in noises}
-    return {"f2d": f2d.numpy().astype(np.float16), "visual_index": model.choose_patches(f2d, keep).numpy().astype(np.int16), "poses": views["poses"], **geometry}
+    seen = torch.from_numpy(next(iter(geometry.values()))).isfinite().all(1).nonzero()[:, 0]      # patches of views that exist
+    index = np.full(min(keep, len(f2d)), -1, np.int16)
+    chosen = seen[model.choose_patches(f2d[seen], keep)]
+    index[:len(chosen)] = chosen
+    return {"f2d": f2d.numpy().astype(np.float16), "visual_index": index, "poses": views["poses"], **geometry}
 
 def encode(
     model: FusedVLM,            # its vision tower and the name of its 3D encoder are used
     prepared: Prepared,         # views of the split
     folder: str | Path,         # where the arrays go
     noises: list[float] = [0.0],# levels of geometry noise, an array each
-    keep: int = 96,             # patches shown to the language model
+    keep: int = 128,            # patches shown to the language model
     workers: int = 1,           # processes, one thread each
 ) -> Features:                  # with the first of the noises
     "Encode a split; raises ValueError for a scene without depth."

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from .features import TASKS, Features, Queries
 from .packing import Packer
 
-# %% ../nbs/45_scenes.ipynb #116517fd
+# %% ../nbs/45_scenes.ipynb #7ae1e37f
 def scene_of(
     features: Features,
     queries: Queries,
@@ -21,13 +21,13 @@ def scene_of(
     answers: Sequence[int | None] | None = None,  # per query, which of its answers to teach; None: do not teach
 ) -> dict:                       # f2d (P, d), geometry (P, g), poses (V, 4, 4), visual_index (N,), queries: list of dict, index
     "One scene as the model takes it: `queries` hold task, prompt, answer, view, box and number. Prompts and answers that are boxes stay empty until `Collator`."
-    asked = []
+    asked, index = [], features.visual_index[scene].astype(np.int64)
     for place, number in enumerate(chosen):
         taught = None if answers is None or answers[place] is None else [] if queries.task[number] == 0 else queries.answered(number)[answers[place]]
         asked.append({"task": int(queries.task[number]), "prompt": queries.prompts[number], "answer": taught, "view": int(queries.view[number]),
                       "box": torch.from_numpy(queries.boxes[number]), "number": int(number)})
     return {"f2d": torch.from_numpy(features.f2d[scene].astype(np.float32)), "geometry": torch.from_numpy(features.geometry[scene].copy()),
-            "poses": torch.from_numpy(features.poses[scene].copy()), "visual_index": torch.from_numpy(features.visual_index[scene].astype(np.int64)),
+            "poses": torch.from_numpy(features.poses[scene].copy()), "visual_index": torch.from_numpy(index[index >= 0]),
             "queries": asked, "index": scene}
 
 # %% ../nbs/45_scenes.ipynb #bfc6fa32
