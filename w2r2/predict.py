@@ -135,7 +135,7 @@ def answer(
 def look(
     model: FusedVLM,
     scan: Scan,
-    keep: int = 96,       # patches shown to the language model
+    keep: int = 128,      # patches shown to the language model
     noise: float = 0.0,   # level of geometry noise
     depth_size: tuple[int, int] = (80, 60),   # width and height that depth is resized to [pixels]
 ) -> tuple[dict, dict[str, np.ndarray]]:  # a scene without queries, and the views it was made from (see `w2r2.prepared`)
