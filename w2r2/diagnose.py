@@ -72,7 +72,7 @@ def slope(
     cause, effect = np.asarray(cause, float), np.asarray(effect, float)
     return bootstrap(np.column_stack([cause * effect, cause ** 2]), groups, statistic=lambda sums: sums[..., 0] / sums[..., 1])
 
-# %% ../nbs/52_diagnose.ipynb #a2b8007d
+# %% ../nbs/52_diagnose.ipynb #bc2ba839
 def displacements(
     model: FusedVLM,           # and the next three: see `w2r2.predict.answer`
     scenes: Sequence[dict],
@@ -98,7 +98,7 @@ def following_slope(
     shifts: Sequence = SHIFTS, # (3,) each, in the scan frame [m]
     **options,                 # of `answer`
 ) -> Interval:
-    "Slope of the predicted displacement on a known shift of the geometry: 1 = geometry decides where, 0 = appearance does."
+    "Slope of the predicted displacement on a known shift of the geometry: 1 = geometry decides where, 0 = the images do."
     moved = displacements(model, scenes, packer, tokenizer, shifts, **options)
     return slope(moved["shift"], moved["displacement"], moved["scene"])
 
@@ -142,7 +142,7 @@ def mirror_test(
     return {"direction": slope(-angle, angle_after, group), "distance": slope((there - here)[seen], (y_after - y)[seen], group[seen]),
             "share": bootstrap((angle * angle_after < 0)[aside], group[aside])}
 
-# %% ../nbs/52_diagnose.ipynb #d226253a
+# %% ../nbs/52_diagnose.ipynb #10ff2b93
 @torch.no_grad()
 def attention_maps(
     model: FusedVLM,
@@ -153,10 +153,11 @@ def attention_maps(
     "Attention of the answers to the visual tokens, in units of an even spread; raises ValueError without ScanRefer queries."
     scene, = _grounding([scene])
     batch = Collator(packer)([scene | {"queries": [query | {"answer": []} for query in scene["queries"]]}])
+    batch = {name: value.to(model.device) for name, value in batch.items()}
     maps = {}
     for name, shortcut in (("fused", False), ("2D only", True)):
         states = model(**{key: batch[key] for key in INPUTS}, shortcut=shortcut, output_hidden_states=True, logits_to_keep=batch["labels"] >= 0).hidden_states
-        weights = visual_attention(model, states, batch, layer)[0]
+        weights = visual_attention(model, states, batch, layer)[0].float().cpu()
         maps[name] = np.full((len(weights), len(scene["f2d"])), np.nan)
         maps[name][:, scene["visual_index"]] = weights * weights.shape[1]
     return {name: values.reshape(len(values), -1, *packer.grid) for name, values in maps.items()}

@@ -16,7 +16,7 @@ from sklearn.manifold import TSNE
 from .model import FusedVLM
 from .packing import PREFIX
 
-# %% ../nbs/53_latent.ipynb #7bf7962c
+# %% ../nbs/53_latent.ipynb #1b8bf9ee
 FEATURES = {"2D": (True, False), "3D": (False, True), "fused": (True, True)}    # with F2D, with F3D
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ def token_states(
     "The visual tokens of all scenes; raises ValueError if there are none."
     parts, scene, scenes = {name: [] for name in FEATURES}, [], 0
     for batch in batches:
+        batch = {name: value.to(model.device) for name, value in batch.items()}
         length = int((batch["segment"] == PREFIX).sum(1).max())
         prefix = {name: batch[name] for name in ("visual_index", "f2d", "geometry")} | {
             "input_ids": batch["input_ids"][:, :length], "segment": batch["segment"][:, :length],
