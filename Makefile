@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export MATPLOTLIBRC := $(CURDIR)/matplotlibrc
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test check notebooks readme docs lab hooks lock
+.PHONY: help repro miniature test check notebooks readme docs lab hooks lock
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,12 @@ endif
 
 repro: $(READY) ## the main job: regenerate everything that dvc.yaml describes
 	dvc repro
+
+miniature: $(READY) ## the whole pipeline on a few scenes and for a few steps, in a copy at build/miniature
+	rm -rf build/miniature
+	mkdir -p build/miniature
+	git ls-files -co --exclude-standard -z | tar -c --null -T - | tar -x -C build/miniature
+	cd build/miniature && mv params.ci.yaml params.yaml && rm -rf dvc.lock reports && dvc config core.no_scm true && dvc repro
 
 test: $(READY) ## the library notebooks (nbdev_test), then what a notebook cannot show (pytest)
 	nbdev_test --n_workers 2

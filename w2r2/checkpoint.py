@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['save', 'companions', 'load']
 
-# %% ../nbs/44_checkpoint.ipynb #18bc54bb
+# %% ../nbs/44_checkpoint.ipynb #fdbb76ef
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from .answers import Bins
 from .model import FusedVLM
 from .packing import Packer
 
-# %% ../nbs/44_checkpoint.ipynb #e79e94a9
+# %% ../nbs/44_checkpoint.ipynb #cc7a6c20
 def save(
     model: FusedVLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -24,6 +25,7 @@ def save(
     folder: str | Path,
 ):
     "Write a model with its tokenizer and answer format."
+    logging.disable_progress_bar()    # its clock would stand in executed notebooks
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Path(folder, "bins.json").write_text(json.dumps(asdict(bins)), encoding="utf-8")
@@ -47,4 +49,5 @@ def load(
 ) -> tuple[FusedVLM, PreTrainedTokenizerFast, Packer]:
     "Read what `save` wrote, the model in evaluation mode; raises `FileNotFoundError` if something is missing."
     tokenizer, packer = companions(folder)
+    logging.disable_progress_bar()
     return FusedVLM.from_pretrained(folder).eval(), tokenizer, packer

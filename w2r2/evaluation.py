@@ -159,7 +159,7 @@ def summary(
     scenes, at = np.unique(measure.groups, return_inverse=True)
     return kept | {"scenes": scenes.tolist(), "sum": np.bincount(at, measure.values).tolist(), "count": np.bincount(at).tolist()}
 
-# %% ../nbs/57_evaluation.ipynb #af429d67
+# %% ../nbs/57_evaluation.ipynb #3b292c48
 PASSES = {"fused": None, "2d": "3d", "3d": "2d", "language": "both"}   # name of a pass -> what it may not see
 
 
@@ -179,14 +179,14 @@ def latent_figures(
     packer: Packer,
 ) -> list[dict]:          # metric, n, value
     "Linear CKA, centroid distance and neighbourhood mixing of fused tokens with 2D and with 3D tokens, after the last layer."
-    table = latent_geometry(token_states(model, (packer([scene]) for scene in scenes)))
-    last = table[table["layer"] == table["layer"].iloc[-1]].set_index("pair")
+    seen = token_states(model, (packer([scene]) for scene in scenes))
+    last = latent_geometry(replace(seen, layers=seen.layers[-1:], states={name: states[-1:] for name, states in seen.states.items()}), tokens=1000).set_index("pair")
     short = {"linear CKA": "CKA", "centroid distance": "centroid", "neighbourhood mixing": "mixing"}
     return [{"metric": f"{short[measure]} {side}", "n": len(scenes), "value": last.loc[f"fused - {side}", measure]} for measure in short for side in ("2D", "3D")]
 
 
 def evaluate(
-    settings: dict,   # "model", "features", "proposals", "root": folders; "noise"; "per_task"; "slope_scenes"; "splits": split -> names of PASSES, "slope", "latent"
+    settings: dict,   # "model", "features", "proposals", "root": folders; "noise"; "per_task": split or "other" -> see `sample`; "slope_scenes"; "splits": split -> names of PASSES, "slope", "latent"
     folder: Path,     # the answers go to folder / "SPLIT_PASS.npz", displacements to "SPLIT_slope.csv"
     tell: Callable[[int], None],   # is told the number of passes done
 ) -> list[dict]:      # see `summary`, with split, task, metric, protocol, proposals, pass
@@ -197,7 +197,7 @@ def evaluate(
     for split, passes in settings["splits"].items():
         data = Path(settings["features"], split)
         features, queries = Features.open(data, settings["noise"]), Queries.open(data)
-        truth = Truth.read(settings["root"], split, features, queries, settings["per_task"])
+        truth = Truth.read(settings["root"], split, features, queries, settings["per_task"].get(split, settings["per_task"].get("other")))
         proposals, scenes = read_proposals(Path(settings["proposals"], f"{split}.json")), ask_all(features, queries, truth.rows)
         for name in passes:
             diagnosis = {"split": split, "task": "diagnosis", "protocol": "w2r2", "proposals": "no", "pass": "fused"}
@@ -233,7 +233,7 @@ def chance(
     answers = [{"question_id": row["question_id"], "answer": row["answer_top10"][0]} for row in question_prior(questions, asked)]
     return found | {"answer to the first words": answer_figures(answers, questions)}
 
-# %% ../nbs/57_evaluation.ipynb #13e557cc
+# %% ../nbs/57_evaluation.ipynb #d66e29f2
 def floor_rows(
     root: str | Path,       # of the ScanNet release
     features: str | Path,   # folder of the features of all splits
@@ -246,7 +246,7 @@ def floor_rows(
     train = Truth.read(root, "train", Features.open(known), Queries.open(known), (10 ** 6,) * 3)
     for split in dials["splits"]:
         data = Path(features, split)
-        truth = Truth.read(root, split, Features.open(data), Queries.open(data), dials["per_task"])
+        truth = Truth.read(root, split, Features.open(data), Queries.open(data), dials["per_task"].get(split, dials["per_task"].get("other")))
         for name, figures in chance(truth, list(train.described.values()), list(train.questions.values()), read_proposals(Path(proposals, f"{split}.json"))).items():
             rows += [{"arm": name, "seed": 0, "noise": noise, "split": split, "task": task, "metric": m.name, "protocol": protocol, "proposals": refined, "pass": "floor",
                       "n": m.n, "value": m.figure / m.scale} for task, protocol, refined, m in figures for noise in noises]

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'Run', 'effective', 'plan', 'digest', 'sources', 'read_plan', 'remove_others', 'training_figures',
            'collect']
 
-# %% ../nbs/58_experiments.ipynb #989dcfad
+# %% ../nbs/58_experiments.ipynb #2c9d8160
 import ast
 import hashlib
 import json
@@ -20,6 +20,7 @@ import pandas as pd
 import yaml
 
 import w2r2
+from .objectives import READINGS
 from .workers import Job
 
 # %% ../nbs/58_experiments.ipynb #6970dfca
@@ -66,12 +67,14 @@ class Run:
                     "noise": self.settings["noise"], "made_from": made_from} | dials
         return Job(str(self), "w2r2.evaluation:evaluate", settings, Path(root) / self.key, sum(map(len, dials["splits"].values())))
 
-# %% ../nbs/58_experiments.ipynb #6e2bd90c
+# %% ../nbs/58_experiments.ipynb #29af956f
 def effective(
     settings: dict,  # of one run
 ) -> dict:
-    "The settings without those that have no effect: without a push there is neither `lam` nor `mu`."
-    idle = () if settings.get("reading", "none") != "none" else ("reading", "lam", "mu")
+    "The settings without those that have no effect: without a push there is neither `lam` nor `mu`, and some readings have no margin. Raises `ValueError` for an unknown reading."
+    reading = settings.get("reading", "none")
+    if reading not in READINGS: raise ValueError(f"no reading {reading!r} of Eq. 6; there are {', '.join(READINGS)}")
+    idle = ("reading", "lam", "mu") if reading == "none" else () if "mu" in READINGS[reading].formula else ("mu",)
     return {name: value for name, value in settings.items() if name not in idle}
 
 
