@@ -26,7 +26,7 @@ from .model import INPUTS
 from .objectives import READINGS, deter
 from .reforming import Reforming, anchor_agreement, visual_attention
 
-# %% ../nbs/50_trainer.ipynb #434f6681
+# %% ../nbs/50_trainer.ipynb #d32cf758
 @dataclass
 class W2R2Config(TrainingArguments):
     "Arguments of `W2R2Trainer`; raises ValueError for values that mean nothing."
@@ -38,7 +38,7 @@ class W2R2Config(TrainingArguments):
     disturb: float = field(default=0.0, metadata={"help": "Share of scenes whose geometry moves without the target (control)."})
     drop2d: float = field(default=0.0, metadata={"help": "Share of scenes without F2D (control)."})
     drop3d: float = field(default=0.0, metadata={"help": "Share of scenes without F3D (control)."})
-    reform: float = field(default=0.0, metadata={"help": "Weight of the re-forming loss."})
+    reform: float = field(default=0.0, metadata={"help": "Weight of the re-forming loss, of the fused pass."})
     anchors: float = field(default=0.0, metadata={"help": "Weight of the loss on attention anchors."})
     sigma: float = field(default=1.0, metadata={"help": "Width of the soft labels of coordinates, in bins."})
     curriculum: int = field(default=0, metadata={"help": "Steps until coordinates count as much as other tokens; see coordinate_weight."})
@@ -132,7 +132,7 @@ def last_checkpoint(
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal() and complete(path)]
     return str(max(found, key=lambda path: int(path.name[11:]))) if found else None
 
-# %% ../nbs/50_trainer.ipynb #55991bbc
+# %% ../nbs/50_trainer.ipynb #df5276b4
 TRAIN_ONLY = "train_only.safetensors"   # in a checkpoint: what training needs and the model has not
 
 class W2R2Trainer(Trainer):
@@ -152,7 +152,7 @@ class W2R2Trainer(Trainer):
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
             self.heads = Reforming(model.config).to(args.device) if args.reform else None
-        self._terms = defaultdict(lambda: [0.0, 0])
+        self._calls, self._terms = 0, defaultdict(lambda: [0.0, 0])
         if args.disable_tqdm:
             self.remove_callback(PrinterCallback)
             logging.disable_progress_bar()     # of saving and loading
@@ -201,7 +201,7 @@ class W2R2Trainer(Trainer):
             terms = self.heads(fused.last_hidden_state, inputs)
             loss = loss + args.reform * sum(terms.values()) / micro_batches
             means |= {f"reform_{name}": value for name, value in terms.items()}
-        if model.training: self._note(means | {name: value * micro_batches for name, value in parts.items()})
+        if model.training: self._note(means, {name: value * micro_batches for name, value in parts.items()})
         return (loss, fused) if return_outputs else loss
 
     def _pushed_on(self, count: int) -> torch.Tensor:
@@ -215,19 +215,22 @@ class W2R2Trainer(Trainer):
         with torch.no_grad(): shortcut = model(**{name: batch[name] for name in INPUTS}, shortcut=True, logits_to_keep=batch["labels"] >= 0, output_hidden_states=True).hidden_states
         return anchor_agreement(visual_attention(model, tuple(state[scenes] for state in states), batch), visual_attention(model, shortcut, batch), batch)
 
-    def _note(self, terms: dict[str, torch.Tensor]):
-        "Add to what is logged next."
-        for name, value in terms.items():
+    def _note(self, means: dict[str, torch.Tensor], parts: dict[str, torch.Tensor]):
+        "Add to what is logged next: means over the calls that have them, and parts of the loss, which are 0 in a call without."
+        self._calls += 1
+        for name, value in (means | parts).items():
             total = self._terms[name]
-            total[0], total[1] = total[0] + value.detach(), total[1] + 1
+            total[0] = total[0] + value.detach()
+            if name in means: total[1] += 1
 
     def log(self, logs, start_time=None):
         "As in `Trainer`, with the terms of the loss by name, averaged over steps and processes; and lambda and mu."
         if "loss" in logs:
-            parts = gather_object([{name: (float(total), count) for name, (total, count) in self._terms.items()}])
+            noted = gather_object([{name: (float(total), count or self._calls) for name, (total, count) in self._terms.items()}])
+            self._calls = 0
             self._terms.clear()
-            for name in dict.fromkeys(name for part in parts for name in part):
-                totals, counts = zip(*(part[name] for part in parts if name in part))
+            for name in dict.fromkeys(name for process in noted for name in process):
+                totals, counts = zip(*(process.get(name, (0.0, 0)) for process in noted))
                 logs[name] = sum(totals) / sum(counts)
             if self.args.reading != "none": logs |= {"lam": self.args.lam, "mu": self.args.mu}
         super().log(logs, start_time)
