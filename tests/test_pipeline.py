@@ -64,3 +64,8 @@ def test_every_set_can_be_planned(file):
 def test_miniature_is_the_same_pipeline():
     full, small = PARAMS.values()
     assert {name: set(section) for name, section in full.items()} == {name: set(section) for name, section in small.items()}
+
+
+def test_plain_fine_tuning_depends_on_every_dial_but_those_of_eq_6():
+    named = {name.split(".")[1] for name in STAGES["diagnose"]["params"] if name.startswith("w2r2.")}
+    assert named == set(PARAMS["params.yaml"]["w2r2"]) - {"lam", "mu", "logging_steps", "save_steps"}

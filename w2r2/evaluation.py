@@ -217,19 +217,20 @@ def evaluate(
             tell(done)
     return found
 
-# %% ../nbs/57_evaluation.ipynb #aca2ba2a
+# %% ../nbs/57_evaluation.ipynb #d8c14c94
 def chance(
     truth: Truth,
     train: list[dict],   # ScanRefer records of the training split, with bbox
     asked: list[dict],   # ScanQA records of the training split
     proposals: dict,     # scene -> (P, 6) boxes
 ) -> dict[str, list[tuple[str, str, str, Measure]]]:   # name of the floor -> as from `score`
-    "Scores of answers that do not depend on what the scene looks like."
+    "Scores of answers that do not depend on what the scene looks like; nothing for a task that the sample does not have."
     prior, records = class_boxes(train), [truth.described[name] for name in truth.ids(0)]
     boxes = {"random box": random_box(records, prior, proposals), "mean box of the class": language_prior(records, prior),
              "random proposal": random_proposal(records, proposals), "largest proposal": largest_object(records, proposals)}
-    found = {name: [("scanrefer", "scanrefer", "no", m) for m in measures("scanrefer", given, records, "scanrefer") if "others" not in m.name] for name, given in boxes.items()}
+    found = {name: [("scanrefer", "scanrefer", "no", m) for m in measures("scanrefer", given, records, "scanrefer") if "others" not in m.name] for name, given in boxes.items() if records}
     questions = [truth.questions[name] for name in truth.ids(2)]
+    if not questions: return found
     answers = [{"question_id": row["question_id"], "answer": row["answer_top10"][0]} for row in question_prior(questions, asked)]
     return found | {"answer to the first words": answer_figures(answers, questions)}
 
