@@ -68,4 +68,4 @@ def test_miniature_is_the_same_pipeline():
 
 def test_plain_fine_tuning_depends_on_every_dial_but_those_of_eq_6():
     named = {name.split(".")[1] for name in STAGES["diagnose"]["params"] if name.startswith("w2r2.")}
-    assert named == set(PARAMS["params.yaml"]["w2r2"]) - {"lam", "mu", "logging_steps", "save_steps"}
+    assert named == set(PARAMS["params.yaml"]["w2r2"]) - {"lam", "mu", "push_every", "logging_steps", "save_steps"}

@@ -67,14 +67,14 @@ class Run:
                     "noise": self.settings["noise"], "made_from": made_from} | dials
         return Job(str(self), "w2r2.evaluation:evaluate", settings, Path(root) / self.key, sum(map(len, dials["splits"].values())))
 
-# %% ../nbs/58_experiments.ipynb #29af956f
+# %% ../nbs/58_experiments.ipynb #9523a7fa
 def effective(
     settings: dict,  # of one run
 ) -> dict:
     "The settings without those that have no effect: without a push there is neither `lam` nor `mu`, and some readings have no margin. Raises `ValueError` for an unknown reading."
     reading = settings.get("reading", "none")
     if reading not in READINGS: raise ValueError(f"no reading {reading!r} of Eq. 6; there are {', '.join(READINGS)}")
-    idle = ("reading", "lam", "mu") if reading == "none" else () if "mu" in READINGS[reading].formula else ("mu",)
+    idle = ("reading", "lam", "mu", "push_every") if reading == "none" else () if "mu" in READINGS[reading].formula else ("mu",)
     return {name: value for name, value in settings.items() if name not in idle}
 
 
