@@ -249,7 +249,7 @@ class Lessons(Scenes):
             if query["task"] == 0 and rng.random() < share: query["prompt"] = self.short[scene][self.queries.objects[query["number"]]][rng.integers(3)]
         return drawn
 
-# %% ../nbs/54_pretraining.ipynb #6b19eb65
+# %% ../nbs/54_pretraining.ipynb #6f5eb078
 @dataclass
 class LessonConfig(W2R2Config):
     "Arguments of `Teacher`."
@@ -267,7 +267,7 @@ class Teacher(W2R2Trainer):
         if args.silent: coordinate *= min(max((step - args.silent) / 100, 0), 1)
         weights = torch.where(targets.slot > 0, coordinate, torch.where(targets.slot == 0, view, word))
         losses = query_mean(weights * adapted_cross_entropy(output.logits, targets), targets) / query_mean(weights, targets).clamp(min=1e-6)
-        if model.training: self._note(align(output.logits.detach(), targets).logs)
+        if model.training: self._note(align(output.logits.detach(), targets).logs, {})
         loss = batch_mean(losses, targets)
         return (loss, output) if return_outputs else loss
 
