@@ -28,8 +28,10 @@ else
 endif
 	@touch $@
 
-repro: $(READY) ## the main job: regenerate everything that dvc.yaml describes
+repro: $(READY) ## the main job: regenerate everything that dvc.yaml describes, then compare it with the committed numbers
 	dvc repro
+	@if reason=$$(git show HEAD:./reports/results.csv 2>&1 >build/reference.csv); then w2r2 verdict build/reference.csv; \
+	else echo "No verdict: git has no committed reports/results.csv to compare with ($$reason)"; fi
 
 miniature: $(READY) ## the whole pipeline on a few scenes and for a few steps, in a copy at build/miniature
 	rm -rf build/miniature
