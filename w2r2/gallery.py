@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINES', 'HALO', 'choose', 'Example', 'examples', 'draw_view', 'draw_plan', 'sheet', 'page', 'anchors']
 
-# %% ../nbs/64_gallery.ipynb #6602c579
+# %% ../nbs/64_gallery.ipynb #4ac2c2dd
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -73,12 +72,16 @@ def examples(
         found.append(Example(record["scene_id"], query["number"], record["description"], record["object_name"].replace("_", " "), query["view"], np.asarray(query["box"]), boxes))
     return sorted(found, key=lambda example: example.number)
 
-# %% ../nbs/64_gallery.ipynb #d8120339
+# %% ../nbs/64_gallery.ipynb #8ef1a1e1
 LINES = {"truth": {"color": "#000000", "linestyle": "-", "linewidth": 1.6}, "fused": {"color": "#d35400", "linestyle": "--", "linewidth": 1.6},
          "2D only": {"color": "#2874a6", "linestyle": ":", "linewidth": 1.9}}
 HALO = [withStroke(linewidth=3, foreground="white")]
 _PIECES = {"-": (16, 1), "--": (10, 2), ":": (24, 3)}     # an edge of a box in so many pieces, of which every n-th is drawn
 
+
+def _joined(segments: np.ndarray) -> np.ndarray:
+    "(S, 2, 2) line segments as one broken line: in an svg far smaller than a path for each."
+    return np.pad(segments, ((0, 0), (0, 1), (0, 0)), constant_values=np.nan).reshape(-1, 2)
 
 def draw_view(
     axis: Axes,
@@ -91,7 +94,7 @@ def draw_view(
     axis.imshow(image, interpolation="none")
     for name, box in boxes.items():
         style, (pieces, step) = LINES[name], _PIECES[LINES[name]["linestyle"]]
-        axis.add_collection(LineCollection(projected_edges(box, intrinsic, pose, pieces)[::step], color=style["color"], linewidth=style["linewidth"], path_effects=HALO))
+        axis.plot(*_joined(projected_edges(box, intrinsic, pose, pieces)[::step]).T, color=style["color"], linewidth=style["linewidth"], path_effects=HALO)
     axis.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
     axis.axis("off")
 
@@ -158,7 +161,7 @@ def page(
     return figure.update_layout(title={"text": titles[0], "font": {"size": 13}, "x": 0.02, "y": 0.98, "yanchor": "top"}, margin={"t": 90}, legend={"orientation": "h", "y": 0},
                                 updatemenus=[{"buttons": buttons, "x": 0, "y": 1, "xanchor": "left", "yanchor": "top"}])
 
-# %% ../nbs/64_gallery.ipynb #4a83d388
+# %% ../nbs/64_gallery.ipynb #98ed597a
 @styled
 def anchors(
     example: Example,
@@ -175,5 +178,6 @@ def anchors(
     for axis in figure.axes:
         axis.title.set_fontsize(6)
         for image in axis.images: image.set_interpolation("none")
+        for lines in axis.collections: lines.set_segments([_joined(np.array(lines.get_segments()))])
     figure.suptitle(f"{example.scene_id}: “{example.text}”", fontsize=9)
     return figure
