@@ -72,7 +72,7 @@ def examples(
         found.append(Example(record["scene_id"], query["number"], record["description"], record["object_name"].replace("_", " "), query["view"], np.asarray(query["box"]), boxes))
     return sorted(found, key=lambda example: example.number)
 
-# %% ../nbs/64_gallery.ipynb #8ef1a1e1
+# %% ../nbs/64_gallery.ipynb #88bc74df
 LINES = {"truth": {"color": "#000000", "linestyle": "-", "linewidth": 1.6}, "fused": {"color": "#d35400", "linestyle": "--", "linewidth": 1.6},
          "2D only": {"color": "#2874a6", "linestyle": ":", "linewidth": 1.9}}
 HALO = [withStroke(linewidth=3, foreground="white")]
@@ -131,11 +131,11 @@ def sheet(
             draw_view(left, views["color"][example.view], views["intrinsic_color"], views["poses"][example.view], boxes)
             draw_plan(right, around, views["poses"][example.view], boxes)
             left.set_title(f"{arm}, view {example.view}", fontsize=8)
-            right.set_title("IoU: " + ", ".join(f"{name} {value:.2f}" for name, value in example.overlap(arm).items()), fontsize=8)
+            right.set_title("IoU: " + ", ".join(f"{name} {value:.2f}" for name, value in example.overlap(arm).items()), fontsize=7)
     figure.legend([Line2D([], [], **LINES[name]) for name in boxes], boxes, loc="outside lower center", ncols=len(boxes))
     return figure
 
-# %% ../nbs/64_gallery.ipynb #c43ade7c
+# %% ../nbs/64_gallery.ipynb #7505b955
 def page(
     examples: list[Example],   # of one scene
     scan: Scan,
@@ -159,6 +159,7 @@ def page(
     buttons = [{"label": f"{example.name}, {arm}", "method": "update", "args": [{"visible": visible(number)}, {"title.text": titles[number]}]} for number, (example, arm, _) in enumerate(shown)]
     for trace, seen in zip(figure.data, visible(0)): trace.visible = seen
     return figure.update_layout(title={"text": titles[0], "font": {"size": 13}, "x": 0.02, "y": 0.98, "yanchor": "top"}, margin={"t": 90}, legend={"orientation": "h", "y": 0},
+                                scene_camera={"eye": {"x": 0.7, "y": 0.7, "z": 1.7}},      # steep enough to see over the walls
                                 updatemenus=[{"buttons": buttons, "x": 0, "y": 1, "xanchor": "left", "yanchor": "top"}])
 
 # %% ../nbs/64_gallery.ipynb #98ed597a
