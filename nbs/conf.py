@@ -19,15 +19,15 @@ REPORTS = ROOT / "reports"
 project, author, copyright = "W2R2", "The W2R2 developers", "2026, the W2R2 developers"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.linkcode"]
 root_doc = "nbs/contents"
-include_patterns = ["nbs/**", "reports/notebooks/*", "reports/tables/claims.md"]
-exclude_patterns = [".*", "_docs", "build", "data", "w2r2", "tests", "nbs/pipeline", "**/.ipynb_checkpoints"]
+include_patterns = ["nbs/**", "reports/notebooks/*", "reports/tables/paper/claims.md"]
+exclude_patterns = [".*", "_docs", "build", "data", "w2r2", "tests", "nbs/pipeline/[1-9]*", "**/.ipynb_checkpoints"]
 source_suffix = {".ipynb": "myst-nb", ".md": "myst-nb"}
 
 # Nothing is loaded from the network: MathJax and plotly come from their wheels.
 mathjax = next(file.locate() for file in importlib.metadata.files("sphinx-mathjax-offline") if file.name == "tex-svg-full.js")
 mathjax_path = mathjax.name
 html_static_path = ["_static", str(mathjax), str(Path(plotly.__file__).parent / "package_data" / "plotly.min.js")]
-html_extra_path = [str(path) for path in sorted((REPORTS / "figures").glob("*.html"))]
+html_extra_path = [str(path) for kind in ("*.html", "plotly.min.js") for path in sorted((REPORTS / "figures").rglob(kind))]
 html_theme = "furo"
 html_title = "W2R2: where, not what"
 html_css_files = ["site.css"]
@@ -77,8 +77,8 @@ def plotly_output(figure: dict) -> str:
 
 def page_of_audit(app, docname: str, source: list[str]) -> None:
     "A title, and links where the table names headings of notebooks."
-    if docname != "reports/tables/claims": return
-    text = re.sub(r"(?<=\| )(\w+\.ipynb)#(\S+)(?= \|)", lambda link: f"[{link[2].replace('-', ' ')}](../../nbs/{link[0]})", source[0])
+    if docname != "reports/tables/paper/claims": return
+    text = re.sub(r"(?<=\| )(\w+\.ipynb)#(\S+)(?= \|)", lambda link: f"[{link[2].replace('-', ' ')}](../../../nbs/{link[0]})", source[0])
     source[0] = f"# Claims of the paper\n\n{text}"
 
 
@@ -161,11 +161,11 @@ def link_names(app, doctree: nodes.document, docname: str) -> None:
 
 # ---- pages of results ---------------------------------------------------------------------------------------------------
 def origin(path: Path) -> str:
-    "Link to the cell that made a file: in the notebook of the stage that declares it, the first cell that names it."
+    "Link to the cell that made a file: in the notebook of the stage that declares it or its folder, the first cell that names it."
     for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values():
         declared = [out if isinstance(out, str) else next(iter(out)) for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
         notebook = next((ROOT / out for out in declared if out.endswith(".ipynb") and (ROOT / out).is_file()), None)
-        if notebook is None or path.relative_to(ROOT).as_posix() not in declared: continue
+        if notebook is None or not {path, *path.parents} & {ROOT / out for out in declared}: continue
         code = [(number, text) for number, (cell, text, _) in enumerate(cells(notebook)) if cell["cell_type"] == "code"]
         named = [number for name in (path.name, f'"{path.stem}"') for number, text in code if name in text]
         return f'<a href="../reports/notebooks/{notebook.stem}.html{f"#cell-{named[0]}" if named else ""}">made here</a>'
@@ -173,25 +173,28 @@ def origin(path: Path) -> str:
 
 
 def files(folder: str, *kinds: str) -> dict[str, dict[str, Path]]:
-    "Files of a folder of reports by name, then by ending."
+    "Files below a folder of reports by place, without ending, then by ending."
     found = {}
-    for path in sorted((REPORTS / folder).glob("*")):
-        if path.suffix in kinds: found.setdefault(path.stem, {})[path.suffix] = path
+    for path in sorted((REPORTS / folder).rglob("*")):
+        if path.suffix in kinds: found.setdefault(path.relative_to(REPORTS / folder).with_suffix("").as_posix(), {})[path.suffix] = path
     return found
 
 
 def described(name: str, kinds: dict[str, Path], content: str) -> str:
     downloads = [f"{{download}}`{kind[1:]} <../{path.relative_to(ROOT).as_posix()}>`" for kind, path in kinds.items()]
     made = next((link for path in kinds.values() if (link := origin(path))), "")
-    return f"### {name.replace('_', ' ').capitalize()}\n\n{content}\n\n{' · '.join(filter(None, [made, *downloads]))}\n\n"
+    return f"### {name.rpartition('/')[2].replace('_', ' ').capitalize()}\n\n{content}\n\n{' · '.join(filter(None, [made, *downloads]))}\n\n"
+
+
+LONGEST_TABLE = 60   # rows shown; longer ones are there to download
 
 
 def tables() -> str:
     text = ""
     for name, kinds in files("tables", ".csv", ".md", ".tex").items():
-        if name == "claims": continue
+        if name == "paper/claims": continue
         if ".md" in kinds: content = f"```{{include}} ../reports/tables/{name}.md\n:heading-offset: 3\n:relative-docs: ..\n```"
-        elif ".csv" in kinds: content = f"```{{csv-table}}\n:file: ../reports/tables/{name}.csv\n:header-rows: 1\n```"
+        elif ".csv" in kinds and kinds[".csv"].read_text(encoding="utf-8").count("\n") <= LONGEST_TABLE: content = f"```{{csv-table}}\n:file: ../reports/tables/{name}.csv\n:header-rows: 1\n```"
         else: content = ""
         text += described(name, kinds, content)
     return text
@@ -202,20 +205,20 @@ def figures() -> str:
     for name, kinds in files("figures", ".svg", ".png", ".pdf", ".json", ".html").items():
         content = ""
         if ".json" in kinds: content = plotly_output(json.loads(kinds[".json"].read_text(encoding="utf-8")))
-        elif image := kinds.get(".svg") or kinds.get(".png"): content = f"![{html.escape(name.replace('_', ' '))}](../reports/figures/{image.name})"
+        elif image := kinds.get(".svg") or kinds.get(".png"): content = f"![{html.escape(name.replace('_', ' '))}](../{image.relative_to(ROOT).as_posix()})"
         if page := kinds.pop(".html", None): content += f'\n\n<a href="../{page.name}">Open the interactive figure</a>'
         text += described(name, kinds, content)
     return text
 
 
 def picture() -> str:
-    overview = REPORTS / "figures" / "overview.svg"
-    if overview.is_file(): return "![The framework: views pass through a 2D and a 3D encoder; the fused pass is trained to locate, the pass without 3D to fail](../reports/figures/overview.svg)"
+    overview = REPORTS / "figures" / "paper" / "fig2_overview.svg"
+    if overview.is_file(): return "![The framework: views pass through a 2D and a 3D encoder; the fused pass is trained to locate, the pass without 3D to fail](../reports/figures/paper/fig2_overview.svg)"
     return "![Six views of an embedded scene with the boxes of the described objects](../reports/figures/embedded_scene.png)"
 
 
 def audit() -> str:
-    if (REPORTS / "tables" / "claims.md").is_file(): return "[the audit of its claims](../reports/tables/claims.md)"
+    if (REPORTS / "tables" / "paper" / "claims.md").is_file(): return "[the audit of its claims](../reports/tables/paper/claims.md)"
     return "the audit of its claims, once `make repro` has made it"
 
 
