@@ -64,7 +64,7 @@ docs: $(READY) ## the site, in _docs/html/: built, and walked through where ther
 	@echo 'open _docs/html/index.html'
 
 lab: $(READY) ## JupyterLab on the tour
-	jupyter lab --LabApp.default_url=/lab/tree/nbs/tour.ipynb
+	jupyter lab --config=nbs/jupyter_server_config.py --LabApp.default_url=/lab/tree/nbs/tour.ipynb
 
 hooks: $(READY) ## in this clone, git diffs notebooks by cell (nbdime) and merges them (nbdev)
 	git config --local include.path ../.gitconfig
