@@ -36,6 +36,7 @@ templates_path = ["_templates"]
 html_additional_pages = {"index": "to_contents.html"}
 
 nb_execution_mode = "off"
+nb_render_markdown_format = "myst"    # tables in outputs, too
 nb_ipywidgets_js = {}                 # a progress bar needs no script from elsewhere
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
@@ -161,13 +162,13 @@ def link_names(app, doctree: nodes.document, docname: str) -> None:
 
 # ---- pages of results ---------------------------------------------------------------------------------------------------
 def origin(path: Path) -> str:
-    "Link to the cell that made a file: in the notebook of the stage that declares it or its folder, the first cell that names it."
+    "Link to the cell that made a file: in the notebook of the stage that declares it or its folder, the first cell that names either."
     for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values():
         declared = [out if isinstance(out, str) else next(iter(out)) for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
         notebook = next((ROOT / out for out in declared if out.endswith(".ipynb") and (ROOT / out).is_file()), None)
         if notebook is None or not {path, *path.parents} & {ROOT / out for out in declared}: continue
-        code = [(number, text) for number, (cell, text, _) in enumerate(cells(notebook)) if cell["cell_type"] == "code"]
-        named = [number for name in (path.name, f'"{path.stem}"') for number, text in code if name in text]
+        code = [(number, text) for number, (cell, text, _) in enumerate(cells(notebook)) if cell["cell_type"] == "code" and not text.startswith("assert")]
+        named = [number for name in (path.name, f'"{path.stem}"', f'"{path.parent.name}"') for number, text in code if name in text]
         return f'<a href="../reports/notebooks/{notebook.stem}.html{f"#cell-{named[0]}" if named else ""}">made here</a>'
     return ""
 
