@@ -127,16 +127,16 @@ def sweep(
     axis.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, .5))
     return figure
 
-# %% ../nbs/62_figures.ipynb #c208d751
+# %% ../nbs/62_figures.ipynb #81df1a6c
 @styled
 def features_figure(
     points: pd.DataFrame,    # from `w2r2.latent.tsne`: x, y, features
     table: pd.DataFrame,     # from `w2r2.latent.latent_geometry`: layer, pair and the three measures
-    layer: int = None,       # of the table; None: the last
+    layer: int | str = None, # of the table; None: the last
 ) -> Figure:
     "Figure 1 with the projection-free figures of the same layer."
     measures = ["linear CKA", "centroid distance", "neighbourhood mixing"]
-    rows = table[table.layer == (table.layer.max() if layer is None else layer)]
+    rows = table[table.layer == (table.layer.iloc[-1] if layer is None else layer)]
     figure, (left, *right) = plt.subplots(1, 4, figsize=(8.6, 2.9), width_ratios=[2.4, 1, 1, 1])
     sns.scatterplot(points, x="x", y="y", hue="features", style="features", markers=list(MARKS[:3]), palette=["0.7", "0.1", "C1"], s=11, linewidth=0, ax=left)
     left.set(xticks=[], yticks=[], xlabel="", ylabel="", title="t-SNE (no units)")
