@@ -214,7 +214,7 @@ def write_table(
     paths[2].write_text(style.to_latex(hrules=True, caption=caption.translate(LATEX), label=f"tab:{name}", position_float="centering"), encoding="utf-8")
     return paths
 
-# %% ../nbs/61_tables.ipynb #72f29786
+# %% ../nbs/61_tables.ipynb #51a950b6
 def write_all(
     results: pd.DataFrame,
     paper: dict,
@@ -230,7 +230,7 @@ def write_all(
         "arms": (arms_table(results, defaults, scores=scores), ["arm", "noise", "lam", "mu", "steps", "refined"], "metric", f"Readings of Eq. 6, controls and the intervention, ScanRefer, in percent. {legend}"),
         "robustness": (robustness(results, defaults, scores=scores), ["arm", "noise", "refined"], "split", f"Acc@0.25 by split, in percent. {legend}"),
         "causality": (causality(results, defaults, scores=scores), ["arm", "noise", "refined"], "metric", f"What each input is worth, and whether answers follow the geometry. {legend}"),
-        "cost": (cost(results, defaults), ["arm", "noise", "lam", "mu", "steps"], "metric", "Cost of a training step relative to plain fine-tuning, and share of active hinges."),
+        "cost": (cost(results, defaults), ["arm", "noise", "lam", "mu", "steps"], "metric", "Share of active hinges of Eq. 6 in training. What a step costs is measured apart, in nbs/bench/step_cost.ipynb."),
     }
     pages = {}
     for name, (tidy, labels, column, caption) in tables.items():
