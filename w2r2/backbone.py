@@ -31,7 +31,7 @@ def build_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>",
                                    extra_special_tokens=["<answer>", "<image>"], clean_up_tokenization_spaces=False)
 
-# %% ../nbs/42_backbone.ipynb #195c5345
+# %% ../nbs/42_backbone.ipynb #5bbf9498
 def tiny_config(
     tokenizer: PreTrainedTokenizerFast,
     hidden: int = 64,     # width of the decoder; a multiple of 64
@@ -44,7 +44,7 @@ def tiny_config(
     image, video, start, end = tokenizer.convert_tokens_to_ids(["<image>", "<video>", "<vision_start>", "<vision_end>"])
     section = [hidden // 32, hidden * 3 // 64, hidden * 3 // 64]
     text = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-                num_key_value_heads=4, max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": section},
+                num_key_value_heads=4, max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 100_000.0, "mrope_section": section},
                 initializer_range=hidden ** -0.5, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     vision = dict(depth=blocks, hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_heads=4, patch_size=patch, spatial_merge_size=1, temporal_patch_size=1,
                   out_hidden_size=hidden, fullatt_block_indexes=list(range(blocks)), initializer_range=vision_hidden ** -0.5)
