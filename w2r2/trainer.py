@@ -6,7 +6,7 @@
 __all__ = ['TRAIN_ONLY', 'W2R2Config', 'check_one_thread', 'Order', 'Epochs', 'coordinate_weight', 'Together', 'last_checkpoint',
            'W2R2Trainer']
 
-# %% ../nbs/50_trainer.ipynb #590bc354
+# %% ../nbs/50_trainer.ipynb #c862831c
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 from .alignment import Targets, align
+from .features import TASKS
 from .interventions import Interventions
 from .model import INPUTS
 from .objectives import READINGS, deter
@@ -132,7 +133,7 @@ def last_checkpoint(
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal() and complete(path)]
     return str(max(found, key=lambda path: int(path.name[11:]))) if found else None
 
-# %% ../nbs/50_trainer.ipynb #df5276b4
+# %% ../nbs/50_trainer.ipynb #23966c5a
 TRAIN_ONLY = "train_only.safetensors"   # in a checkpoint: what training needs and the model has not
 
 class W2R2Trainer(Trainer):
@@ -194,6 +195,8 @@ class W2R2Trainer(Trainer):
             pushed = deter(self.accelerator.unwrap_model(model), targets, fused.logits, args.reading, args.mu, scenes=None if scenes.all() else scenes, items=items / args.push_every)
             loss = loss + args.lam * pushed.loss
             parts |= pushed.logs
+            asked = inputs["tasks"][scenes]
+            means |= {f"activation {task}": pushed.active[asked == number].float().mean() for number, task in enumerate(TASKS) if (asked == number).any()}
         if args.anchors and scenes.any():
             means["anchors"] = self._anchors(self.accelerator.unwrap_model(model), fused.hidden_states, targets, scenes)
             loss = loss + args.anchors * means["anchors"] * scenes.float().mean() * args.push_every / micro_batches
