@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'read_recipes', 'split_knobs', 'label_table', 'make', 'vertex_colors', 'write', 'fingerprint', 'build']
 
-# %% ../nbs/15_rooms.ipynb #23e64b3a
+# %% ../nbs/15_rooms.ipynb #36b18cf6
 import hashlib
 import json
 from functools import cache
@@ -21,9 +21,10 @@ import w2r2
 from .files import atomic_write
 from .language import ask, describe
 from .layout import Scene, generate
-from .scanner import Recording, scan, visible_pixels
+from .scanner import Recording, scan
 from .shapes import load_catalogue
 from .scannet import LabelTable, Scan, objects_of_vertices, write_scan, write_split
+from .views import visible_pixels
 
 # %% ../nbs/15_rooms.ipynb #b1558642
 RECIPES = Path(w2r2.__file__).parents[1] / "data" / "recipes"
@@ -58,7 +59,7 @@ def label_table(
     return LabelTable({"id": str(number), "raw_category": name, "category": name, "nyu40id": str(nyu40[name][0]),
                        "nyu40class": nyu40[name][1]} for number, name in enumerate(nyu40, 1))
 
-# %% ../nbs/15_rooms.ipynb #32eee171
+# %% ../nbs/15_rooms.ipynb #2700144f
 def make(
     number: int,    # scene number, the seed
     knobs: dict,    # from `split_knobs`
@@ -67,7 +68,7 @@ def make(
     "Generate, scan and describe one scene; the same arguments give the same bytes."
     scene = generate(number, knobs, recipes["catalogue"])
     recording = scan(scene, knobs, np.random.default_rng([number, 1]))
-    visible = visible_pixels(recording, len(scene.items))
+    visible = visible_pixels(recording.instance, len(scene.items))
     speaker = np.random.default_rng([number, 2])
     scanrefer, described = describe(scene, visible, speaker, recipes["grammar"])
     scanqa, asked = ask(scene, visible, speaker, recipes["grammar"], knobs["name"])

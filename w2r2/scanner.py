@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNOBS', 'TEXTURES', 'FULL_WELL', 'READ_NOISE', 'DISPARITY_STEP', 'DISPARITY_SIGMA', 'NEAREST', 'BASELINE', 'HOLES',
            'texture', 'Light', 'make_light', 'shade', 'expose', 'noisy_depth', 'depth_holes', 'Recording', 'scan',
-           'visible_pixels', 'boxes_2d']
+           'boxes_2d']
 
 # %% ../nbs/12_scanner.ipynb #4d392d9a
 from dataclasses import dataclass
@@ -216,16 +216,6 @@ def scan(
     holes = depth_holes(caster, poses, depth, face, rays, split['max_depth'], rng)
     millimetres = np.where(holes == 0, 1000 * noisy_depth(depth, rng) + .5, 0).astype(np.uint16)
     return Recording(color, millimetres, instance, poses, K, K_depth)
-
-# %% ../nbs/12_scanner.ipynb #1359fbb6
-def visible_pixels(
-    recording: Recording,
-    items: int,            # number of items of the scene
-) -> np.ndarray:  # (V, items) int64
-    "Pixels that each item fills in each colour view."
-    views = len(recording.instance)
-    index = recording.instance.reshape(views, -1) + np.arange(views)[:, None] * (items + 1)
-    return np.bincount(index.ravel(), minlength=views * (items + 1)).reshape(views, items + 1)[:, 1:]
 
 # %% ../nbs/12_scanner.ipynb #3e40d8c0
 def boxes_2d(
