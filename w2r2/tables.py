@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOT_MEASURED', 'SHOWN', 'OURS', 'METRICS', 'PRINTED', 'LATEX', 'measured', 'number_text', 'what_text', 'grid',
-           'at_defaults', 'table1', 'to_markdown', 'table2', 'arms_table', 'robustness', 'causality', 'cost',
-           'write_table', 'write_all']
+           'at_defaults', 'table1', 'to_markdown', 'table2', 'arms_table', 'robustness', 'causality', 'activation',
+           'cost_text', 'write_table', 'write_all']
 
-# %% ../nbs/61_tables.ipynb #ab98dd9a
+# %% ../nbs/61_tables.ipynb #fd4a5afe
+import re
 from pathlib import Path
 
 import numpy as np
@@ -186,13 +187,22 @@ def causality(
             if len(select(diagnosis, arm=arm, metric=metric)): rows += [{"metric": metric, "digits": 2} | found for found in measured(diagnosis, arm=arm, metric=metric)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/61_tables.ipynb #9c0aaae7
-def cost(results: pd.DataFrame, defaults: dict) -> pd.DataFrame:
-    "Training figures of every arm."
-    figures = cells(select(at_defaults(results, defaults), task="training", metric=["step cost", "activation", "activation at the end"]))
+# %% ../nbs/61_tables.ipynb #3f8aab8d
+def activation(results: pd.DataFrame, defaults: dict) -> pd.DataFrame:
+    "Share of active hinges of Eq. 6 in training, over all queries and by task, for every arm that has a hinge."
+    chosen = select(at_defaults(results, defaults), task="training")
+    figures = cells(chosen[chosen.metric.str.startswith("activation")])
     return pd.DataFrame([{"metric": metric, "digits": 3} | found for arm in dict.fromkeys(figures.arm) for metric in dict.fromkeys(figures.metric) for found in measured(figures, arm=arm, metric=metric)])
 
-# %% ../nbs/61_tables.ipynb #218caef2
+# %% ../nbs/61_tables.ipynb #7756e190
+def cost_text(
+    measured: pd.DataFrame,  # arm, step cost (relative to plain), low, high, machine
+) -> pd.DataFrame:
+    "The table of the benchmark as text."
+    ratios = [number_text(row, 2) for row in measured.rename(columns={"step cost": "value"}).to_dict("records")]
+    return pd.DataFrame({"arm": measured["arm"], "cost of a step, plain = 1": ratios, "timing, from the bench notebook": measured["machine"]})
+
+# %% ../nbs/61_tables.ipynb #c05206d6
 PRINTED = "Columns \"printed\" are the paper's own numbers (arXiv 2510.17034v1), not measured here. "
 LATEX = str.maketrans({character: f"\\{character}" for character in "%&_#$"})
 
@@ -203,24 +213,27 @@ def write_table(
     name: str,             # of the files, without ending
     caption: str,          # one sentence or more
 ) -> list[Path]:
-    "Write name.csv, name.md and name.tex."
+    "Write name.csv, name.md and name.tex; in name.md a cell that names a section of a notebook, NOTEBOOK.ipynb#SECTION, is a link from reports/tables/paper/."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     caption = (PRINTED if "printed" in tidy else "") + caption
     paths = [folder / f"{name}.{ending}" for ending in ("csv", "md", "tex")]
     tidy.drop(columns="digits", errors="ignore").to_csv(paths[0], index=False, float_format="%.6g")
-    paths[1].write_text(f"{caption}\n\n{to_markdown(page)}", encoding="utf-8")
+    linked = re.sub(r"(?<=\| )(\w+\.ipynb)#(\S+)(?= \|)", lambda cell: f"[{cell[2].replace('-', ' ')}](../../../nbs/{cell[1]})", to_markdown(page))
+    linked = re.sub(r"(?<=\| )(https://\S+)(?= \|)", r"<\1>", linked)
+    paths[1].write_text(f"{caption}\n\n{linked}", encoding="utf-8")
     style = page.style.hide().format(escape="latex").format_index(escape="latex", axis=1)
     paths[2].write_text(style.to_latex(hrules=True, caption=caption.translate(LATEX), label=f"tab:{name}", position_float="centering"), encoding="utf-8")
     return paths
 
-# %% ../nbs/61_tables.ipynb #51a950b6
+# %% ../nbs/61_tables.ipynb #37096acb
 def write_all(
     results: pd.DataFrame,
     paper: dict,
     folder: str | Path,
     scores: dict = {},
     audited: pd.DataFrame = None,   # from `w2r2.claims.audit`
+    timing: pd.DataFrame = None,    # from nbs/bench/step_cost.ipynb
 ) -> dict[str, pd.DataFrame]:       # name -> grid
     "Write every table for which there are results; the two of the paper and the audit always."
     defaults, legend = paper["defaults"], "Noise: of the geometry, 0 = sensor depth. Refined: by proposals. Intervals: 95 %, over scenes and seeds where both are at hand (column interval of the csv)."
@@ -230,13 +243,18 @@ def write_all(
         "arms": (arms_table(results, defaults, scores=scores), ["arm", "noise", "lam", "mu", "steps", "refined"], "metric", f"Readings of Eq. 6, controls and the intervention, ScanRefer, in percent. {legend}"),
         "robustness": (robustness(results, defaults, scores=scores), ["arm", "noise", "refined"], "split", f"Acc@0.25 by split, in percent. {legend}"),
         "causality": (causality(results, defaults, scores=scores), ["arm", "noise", "refined"], "metric", f"What each input is worth, and whether answers follow the geometry. {legend}"),
-        "cost": (cost(results, defaults), ["arm", "noise", "lam", "mu", "steps"], "metric", "Share of active hinges of Eq. 6 in training. What a step costs is measured apart, in nbs/bench/step_cost.ipynb."),
+        "activation": (activation(results, defaults), ["arm", "noise", "lam", "mu", "steps"], "metric",
+                       "Share of queries whose hinge of Eq. 6 is active in training, over all tasks and by task: mean of the run, and of its last log entry."),
     }
     pages = {}
     for name, (tidy, labels, column, caption) in tables.items():
         if tidy.empty: continue
         pages[name] = grid(tidy, labels, column)
         write_table(tidy, pages[name], folder, name, caption)
+    if timing is not None:
+        pages["cost"] = cost_text(timing)
+        write_table(timing, pages["cost"], folder, "cost", "CPU time of a training step relative to plain fine-tuning: median [quartiles] over paired rounds of one run. "
+                    "A timing, from nbs/bench/step_cost.ipynb; a rerun gives similar numbers, not the same.")
     if audited is not None:
         pages["claims"] = audited.drop(columns="id")
         write_table(audited, pages["claims"], folder, "claims", "Every numeric claim of the paper (arXiv 2510.17034v1) and what became of it.")
