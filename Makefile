@@ -30,7 +30,9 @@ endif
 
 repro: $(READY) ## the main job: regenerate everything that dvc.yaml describes, then compare it with the committed numbers
 	dvc repro
-	@if reason=$$(git show HEAD:./reports/results.csv 2>&1 >build/reference.csv); then w2r2 verdict build/reference.csv; \
+	@rm -rf build/committed && mkdir -p build/committed
+	@if reason=$$(git archive -o build/committed/reports.tar HEAD:./reports results.csv tables 2>&1); then \
+	tar -xf build/committed/reports.tar -C build/committed && w2r2 verdict build/committed; \
 	else echo "No verdict: git has no committed reports/results.csv to compare with ($$reason)"; fi
 
 miniature: $(READY) ## the whole pipeline on a few scenes and for a few steps, in a copy at build/miniature

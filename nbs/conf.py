@@ -19,7 +19,7 @@ REPORTS = ROOT / "reports"
 project, author, copyright = "W2R2", "The W2R2 developers", "2026, the W2R2 developers"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.linkcode"]
 root_doc = "nbs/contents"
-include_patterns = ["nbs/**", "reports/notebooks/*", "reports/tables/paper/claims.md"]
+include_patterns = ["nbs/**", "reports/notebooks/*", "reports/tables/paper/claims.md", "reports/verdict.md"]
 exclude_patterns = [".*", "_docs", "build", "data", "w2r2", "tests", "nbs/pipeline/[1-9]*", "**/.ipynb_checkpoints"]
 source_suffix = {".ipynb": "myst-nb", ".md": "myst-nb"}
 
@@ -77,10 +77,8 @@ def plotly_output(figure: dict) -> str:
 
 
 def page_of_audit(app, docname: str, source: list[str]) -> None:
-    "A title, and links where the table names headings of notebooks."
-    if docname != "reports/tables/paper/claims": return
-    text = re.sub(r"(?<=\| )(\w+\.ipynb)#(\S+)(?= \|)", lambda link: f"[{link[2].replace('-', ' ')}](../../../nbs/{link[0]})", source[0])
-    source[0] = f"# Claims of the paper\n\n{text}"
+    "A title."
+    if docname == "reports/tables/paper/claims": source[0] = f"# Claims of the paper\n\n{source[0]}"
 
 
 def page_of_notebook(app, docname: str, source: list[str]) -> None:
@@ -223,7 +221,12 @@ def audit() -> str:
     return "the audit of its claims, once `make repro` has made it"
 
 
-myst_substitutions = {"audit": audit(), "picture": picture(), "tables": tables(), "figures": figures()}
+def verdict() -> str:
+    if (REPORTS / "verdict.md").is_file(): return "[the verdict](../reports/verdict.md) of the last rerun, number by number"
+    return "the verdict that `make repro` ends with, once it has run here"
+
+
+myst_substitutions = {"audit": audit(), "verdict": verdict(), "picture": picture(), "tables": tables(), "figures": figures()}
 
 
 def setup(app) -> dict:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINE_COLORS', 'write_page', 'show', 'consult', 'say', 'compare', 'as_table', 'parser', 'run', 'main']
 
-# %% ../nbs/91_cli.ipynb #abdd7f6f
+# %% ../nbs/91_cli.ipynb #6d2535b8
 import argparse
 import json
 import sys
@@ -20,30 +20,20 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from . import rooms
-from .pictures import scene_figure
-from .results import read_results
+from .pictures import save_page, scan_figure
 from .scannet import Scan
 from .scoring import PROTOCOLS, score
 from .tasks import scene_views
-from .verdict import DIFFERENT, summary, verdict, write_verdict
+from .verdict import DIFFERENT, MISSING, report_verdict, summary, write_verdict
 
-# %% ../nbs/91_cli.ipynb #52dba5db
+# %% ../nbs/91_cli.ipynb #ee41ea16
 def write_page(
     scan: Scan,
-    path: str,                    # of the .html file
-    boxes: np.ndarray,            # (n, 6) in the aligned frame [m]
-    names: list[str],             # one per box: the legend
-    texts: list[str],             # one per box: shown on hover
-    line_colors: list[str] = (),  # one per box; black if none are given
+    path: str,    # of the .html file
+    **drawn,      # see `w2r2.pictures.scene_figure`
 ):
-    "Write an interactive 3D page of a scan, with the ceiling off where it is known; the page needs no network."
-    mesh, turn = scan.mesh, scan.axis_alignment
-    faces = mesh.faces
-    if scan.file(".aggregation.json").is_file():
-        faces = faces[~np.isin(scan.instances[faces[:, 0]], scan.object_ids[np.array(scan.labels) == "ceiling"])]
-    figure = scene_figure(mesh.vertices @ turn[:3, :3].T + turn[:3, 3], faces, mesh.colors, np.stack([frame.pose for frame in scan.views()]),
-                          boxes, names, texts, line_colors, title=scan.scene_id)
-    figure.write_html(path, include_plotlyjs=True, div_id=scan.scene_id)
+    "Write an interactive 3D page of a scan."
+    save_page(scan_figure(scan, np.stack([frame.pose for frame in scan.views()]), title=scan.scene_id, **drawn), path)
 
 
 def show(root: str, scene_id: str, html: str | None, as_json: bool) -> str:
@@ -53,7 +43,7 @@ def show(root: str, scene_id: str, html: str | None, as_json: bool) -> str:
                    for i, label, box in zip(scan.object_ids, scan.labels, scan.boxes)]
         if html:
             furniture = [o for o in objects if o["label"] not in ("wall", "floor", "ceiling", "ground")]
-            write_page(scan, html, np.array([o["box"] for o in furniture]), [o["label"] for o in furniture], [f"{o['id']}: {o['label']}" for o in furniture])
+            write_page(scan, html, boxes=np.array([o["box"] for o in furniture]), names=[o["label"] for o in furniture], texts=[f"{o['id']}: {o['label']}" for o in furniture])
     if as_json:
         return json.dumps(objects)
     lines = [f"{scene_id}: {len(objects)} objects; boxes are cx cy cz dx dy dz in metres"]
@@ -103,14 +93,13 @@ def say(
         lines += [" ".join(map(str, asked)), "  " + (said if isinstance(said, str) else " ".join(f"{value:.2f}" for value in said) + "  (cx cy cz dx dy dz in metres)")]
     return "\n".join(lines)
 
-# %% ../nbs/91_cli.ipynb #8f6a4b63
+# %% ../nbs/91_cli.ipynb #bf2d4541
 def compare(
-    reference: str,  # results.csv as committed
-    results: str,    # results.csv as regenerated
-    reports: str,    # folder that verdict.csv and verdict.md go to
+    reference: str,  # folder of the reports as committed: results.csv, tables/
+    reports: str,    # folder of the regenerated ones; verdict.csv and verdict.md go there
 ) -> pd.DataFrame:   # the last row counts all numbers
-    "Judge every number, write the verdict, and count what is identical, within the seed interval, different or new."
-    judged = verdict(read_results(results), read_results(reference))
+    "Judge every number, write the verdict, and count what became of the numbers of each kind."
+    judged = report_verdict(reports, reference)
     write_verdict(judged, reports)
     return summary(judged)
 
@@ -125,11 +114,11 @@ def as_table(
     for row in counts.itertuples(): table.add_row(*map(str, row[1:]), end_section=row.Index == len(counts) - 2)
     return table
 
-# %% ../nbs/91_cli.ipynb #a0af15e8
+# %% ../nbs/91_cli.ipynb #f62b8d9d
 def parser() -> argparse.ArgumentParser:
     "The arguments of the command `w2r2`."
     top = argparse.ArgumentParser(prog="w2r2", description="What-Where Representation Re-Forming: benchmark, scores, scans, answers, verdict.",
-                                  epilog="w2r2 COMMAND --help has examples. Exit codes: 0 done, 1 a number is different (verdict), 2 bad input.")
+                                  epilog="w2r2 COMMAND --help has examples. Exit codes: 0 done, 1 a number is different or missing (verdict), 2 bad input.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     example = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 
@@ -183,11 +172,10 @@ def parser() -> argparse.ArgumentParser:
     rate.add_argument("--json", action="store_true", help="print JSON")
 
     rerun = commands.add_parser("verdict", help="compare regenerated numbers with the committed ones", **example,
-                                epilog="example:\n  git show HEAD:reports/results.csv > build/reference.csv\n  w2r2 verdict build/reference.csv\n\n"
-                                       "exit code 1 if a number is different")
-    rerun.add_argument("reference", help="results.csv as committed")
-    rerun.add_argument("--results", default="reports/results.csv", help="as regenerated (default: reports/results.csv)")
-    rerun.add_argument("--reports", default="reports", help="folder that verdict.csv and verdict.md go to (default: reports)")
+                                epilog="example:\n  mkdir -p build/committed\n  git archive HEAD:reports results.csv tables | tar -x -C build/committed\n  w2r2 verdict build/committed\n\n"
+                                       "exit code 1 if a number is different or missing")
+    rerun.add_argument("reference", help="folder of the reports as committed: results.csv, tables/")
+    rerun.add_argument("--reports", default="reports", help="folder of the regenerated ones; verdict.csv and verdict.md go there (default: reports)")
     rerun.add_argument("--json", action="store_true", help="print JSON")
     return top
 
@@ -200,15 +188,15 @@ def run(arguments: argparse.Namespace) -> tuple[str | Table, int]:
         scored = score(arguments.predictions, arguments.benchmark, arguments.protocol, arguments.annotations, arguments.k, arguments.meteor)
         return scored.json() if arguments.json else scored.table(), 0
     if arguments.command == "verdict":
-        counts = compare(arguments.reference, arguments.results, arguments.reports)
-        caption = f"{Path(arguments.reports, 'verdict.md')} lists what is different, verdict.csv every number."
-        return counts.to_json(orient="records") if arguments.json else as_table(counts, caption), int(DIFFERENT in counts)
+        counts = compare(arguments.reference, arguments.reports)
+        caption = f"{Path(arguments.reports, 'verdict.md')} lists what is different or missing, verdict.csv every number."
+        return counts.to_json(orient="records") if arguments.json else as_table(counts, caption), int(DIFFERENT in counts or MISSING in counts)
     if arguments.command in ("ground", "ask", "describe"):
         with Scan(arguments.root, arguments.scene) as scan, Console(stderr=True, force_terminal=sys.stderr.isatty(), force_jupyter=False).status(f"{arguments.scene}: the model is looking"):
             answers = consult(arguments.command, scan, arguments.model, arguments.given, getattr(arguments, "refined", False), arguments.blind)
             if getattr(arguments, "html", None):
                 texts = ["<br>".join(textwrap.wrap(answer["text"], 40)) for answer in answers]
-                write_page(scan, arguments.html, np.array([answer["box"] for answer in answers]), texts, texts, [LINE_COLORS[i % len(LINE_COLORS)] for i in range(len(texts))])
+                write_page(scan, arguments.html, boxes=np.array([answer["box"] for answer in answers]), names=texts, texts=texts, line_colors=[LINE_COLORS[i % len(LINE_COLORS)] for i in range(len(texts))])
         return json.dumps(answers) if arguments.json else say(answers), 0
     splits = rooms.read_recipes()["splits"]["splits"]
     if arguments.list or arguments.root is None:
@@ -220,7 +208,7 @@ def run(arguments: argparse.Namespace) -> tuple[str | Table, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    "Entry point; returns the exit code: 0 done, 1 a number is different (verdict), 2 bad input."
+    "Entry point; returns the exit code: 0 done, 1 a number is different or missing (verdict), 2 bad input."
     arguments = parser().parse_args(argv)
     def complain(message, *_, **__): print(f"w2r2 {arguments.command}: {message}", file=sys.stderr)
     try:
