@@ -39,7 +39,7 @@ miniature: $(READY) ## the whole pipeline on a few scenes and for a few steps, i
 	rm -rf build/miniature
 	mkdir -p build/miniature
 	git ls-files -co --exclude-standard -z | tar -c --null -T - | tar -x -C build/miniature
-	cd build/miniature && mv params.ci.yaml params.yaml && rm -rf dvc.lock reports && dvc config core.no_scm true && dvc repro
+	cd build/miniature && mv params.ci.yaml params.yaml && rm -rf dvc.lock reports/{figures,notebooks,tables,results.csv,metrics.json} && dvc config core.no_scm true && dvc repro
 
 test: $(READY) ## the library notebooks (nbdev_test), then what a notebook cannot show (pytest)
 	nbdev_test --n_workers 2
