@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PASSES', 'SHIFTS', 'passes', 'slope', 'displacements', 'following_slope', 'mirrored', 'mirror_test', 'attention_maps',
-           'attention_figure']
+           'attention_figure', 'attention_on_target']
 
-# %% ../nbs/52_diagnose.ipynb #32ea663d
+# %% ../nbs/52_diagnose.ipynb #b451eb7d
 from collections.abc import Sequence
 import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
@@ -20,12 +20,12 @@ from .model import INPUTS, FusedVLM
 from .packing import Packer
 from .pictures import contact_sheet
 from .predict import answer
-from .reforming import visual_attention
+from .reforming import on_target, visual_attention
 from .scenes import Collator
 from .statistics import Interval, bootstrap
 
-# %% ../nbs/52_diagnose.ipynb #a7d16e4d
-PASSES = {"fused": None, "2D only": "3d", "3D only": "2d", "language only": "both"}    # what `w2r2.predict.answer` may not see
+# %% ../nbs/52_diagnose.ipynb #3f90b3c1
+PASSES = {"fused": None, "2d": "3d", "3d": "2d", "language": "both"}    # name of a pass -> what `w2r2.predict.answer` may not see
 
 def _grounding(scenes: Sequence[dict]) -> list[dict]:
     "The scenes with their ScanRefer queries only; raises ValueError if there are none."
@@ -142,27 +142,33 @@ def mirror_test(
     return {"direction": slope(-angle, angle_after, group), "distance": slope((there - here)[seen], (y_after - y)[seen], group[seen]),
             "share": bootstrap((angle * angle_after < 0)[aside], group[aside])}
 
-# %% ../nbs/52_diagnose.ipynb #10ff2b93
+# %% ../nbs/52_diagnose.ipynb #1efa146a
+@torch.no_grad()
+def _states(model: FusedVLM, scene: dict, packer: Packer) -> tuple[dict, dict]:
+    "The batch of a scene's ScanRefer queries, and the hidden states of its fused and its 2D-only pass."
+    scene, = _grounding([scene])
+    batch = Collator(packer)([scene | {"queries": [query | {"answer": []} for query in scene["queries"]]}])
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    given = {key: batch[key] for key in INPUTS} | {"output_hidden_states": True, "logits_to_keep": batch["labels"] >= 0}
+    return batch, {name: model(**given, shortcut=shortcut).hidden_states for name, shortcut in (("fused", False), ("2d", True))}
+
 @torch.no_grad()
 def attention_maps(
     model: FusedVLM,
     scene: dict,
     packer: Packer,
     layer: int = -1,             # of the decoder
-) -> dict[str, np.ndarray]:      # "fused" and "2D only": (ScanRefer queries, views, rows, columns), NaN for patches that the model is not shown
+) -> dict[str, np.ndarray]:      # "fused" and "2d": (ScanRefer queries, views, rows, columns), NaN for patches that the model is not shown
     "Attention of the answers to the visual tokens, in units of an even spread; raises ValueError without ScanRefer queries."
-    scene, = _grounding([scene])
-    batch = Collator(packer)([scene | {"queries": [query | {"answer": []} for query in scene["queries"]]}])
-    batch = {name: value.to(model.device) for name, value in batch.items()}
+    batch, passes = _states(model, scene, packer)
     maps = {}
-    for name, shortcut in (("fused", False), ("2D only", True)):
-        states = model(**{key: batch[key] for key in INPUTS}, shortcut=shortcut, output_hidden_states=True, logits_to_keep=batch["labels"] >= 0).hidden_states
+    for name, states in passes.items():
         weights = visual_attention(model, states, batch, layer)[0].float().cpu()
         maps[name] = np.full((len(weights), len(scene["f2d"])), np.nan)
         maps[name][:, scene["visual_index"]] = weights * weights.shape[1]
     return {name: values.reshape(len(values), -1, *packer.grid) for name, values in maps.items()}
 
-# %% ../nbs/52_diagnose.ipynb #ed99bfd0
+# %% ../nbs/52_diagnose.ipynb #79631341
 def attention_figure(
     maps: dict[str, np.ndarray],  # name -> (V, rows, columns), of one query
     colors: np.ndarray,           # (V, H, W, 3) uint8
@@ -174,10 +180,33 @@ def attention_figure(
     "The views of a scene once per map, lit by attention: what is black gets none."
     views, (height, width) = len(colors), colors.shape[1:3]
     figure = contact_sheet(np.concatenate([colors] * len(maps)), np.concatenate([poses] * len(maps)), intrinsic, box[None], [text], [{"color": "white", "lw": 1.2}], views)
+    figure.set_size_inches(2 * views, (2 * height / width + 0.15) * len(maps) + 0.3)
     for row, (name, values) in enumerate(maps.items()):
         dark = 0.9 * (1 - np.nan_to_num(values) / np.nanmax(values))
         for view in range(views):
             axis = figure.axes[row * views + view]
             axis.imshow(np.zeros((*values.shape[1:], 3)), alpha=dark[view], extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-            axis.set_title(f"{name}, view {view}: at most {np.nanmax(values[view], initial=0):.1f}", fontsize=8, pad=2)
+            axis.set_title(f"{name}, view {view}: at most {np.nanmax(values[view], initial=0):.1f}", fontsize=6, pad=2)
+            for image in axis.images: image.set_interpolation("none")
     return figure
+
+# %% ../nbs/52_diagnose.ipynb #a50d324b
+@torch.no_grad()
+def attention_on_target(
+    model: FusedVLM,
+    scenes: Sequence[dict],     # as the model sees them
+    packer: Packer,
+    exact: Sequence[dict] | None = None,  # the same scenes with exact geometry, which says what is on the target; None: it is exact
+) -> pd.DataFrame:              # pass, layer (counted from 0), share, even (the share of an even spread), n (queries whose target has a patch)
+    "The share of the answers' attention to visual tokens that falls on the target, layer by layer; mean over queries. Raises ValueError without ScanRefer queries."
+    rows = []
+    for scene, known in zip(scenes, scenes if exact is None else exact, strict=True):
+        batch, passes = _states(model, scene, packer)
+        target = on_target(batch | {"geometry": known["geometry"][None, scene["visual_index"]].to(model.device)})[0].float()
+        there = target.any(-1)
+        for name, states in passes.items():
+            for layer in range(len(states) - 1):
+                share = (visual_attention(model, states, batch, layer)[0] * target).sum(-1)
+                rows.append(pd.DataFrame({"pass": name, "layer": layer, "share": share[there].cpu(), "even": target.mean(-1)[there].cpu()}))
+    table = pd.concat(rows).groupby(["pass", "layer"], sort=False)
+    return table.mean().assign(n=table.size()).reset_index()
