@@ -76,11 +76,11 @@ def test_sample_scenes_are_what_the_recipes_make(tmp_path):
 
 def test_killed_build_goes_on(tmp_path):
     rooms.build(tmp_path, "test_wide", share=0.04)
-    record = tmp_path / "records" / "scene6000_00.json"
+    record = tmp_path / "records" / "scene6050_00.json"
     kept = record.read_bytes(), record.stat().st_mtime_ns
-    (tmp_path / "records" / "scene6001_00.json").unlink()
+    (tmp_path / "records" / "scene6051_00.json").unlink()
     made = rooms.build(tmp_path, "test_wide", share=0.04)
-    assert len(made) == 2 and (tmp_path / "records" / "scene6001_00.json").is_file()
+    assert len(made) == 2 and (tmp_path / "records" / "scene6051_00.json").is_file()
     assert (record.read_bytes(), record.stat().st_mtime_ns) == kept, "a complete scene was built again"
     record.write_text(record.read_text().replace(json.loads(kept[0])["fingerprint"], "of other recipes"))
     rooms.build(tmp_path, "test_wide", share=0.04)
