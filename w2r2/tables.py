@@ -226,7 +226,7 @@ def write_table(
     paths[2].write_text(style.to_latex(hrules=True, caption=caption.translate(LATEX), label=f"tab:{name}", position_float="centering"), encoding="utf-8")
     return paths
 
-# %% ../nbs/61_tables.ipynb #37096acb
+# %% ../nbs/61_tables.ipynb #fd99c954
 def write_all(
     results: pd.DataFrame,
     paper: dict,
@@ -253,7 +253,7 @@ def write_all(
         write_table(tidy, pages[name], folder, name, caption)
     if timing is not None:
         pages["cost"] = cost_text(timing)
-        write_table(timing, pages["cost"], folder, "cost", "CPU time of a training step relative to plain fine-tuning: median [quartiles] over paired rounds of one run. "
+        write_table(timing, pages["cost"], folder, "cost", "CPU time of a training step relative to plain fine-tuning: median [quartiles] over paired rounds of one run; direct, features and score while their hinge is inactive. "
                     "A timing, from nbs/bench/step_cost.ipynb; a rerun gives similar numbers, not the same.")
     if audited is not None:
         pages["claims"] = audited.drop(columns="id")
