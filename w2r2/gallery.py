@@ -154,7 +154,7 @@ def page(
     buttons = [{"label": f"{example.name}, {arm}", "method": "update", "args": [{"visible": visible(number)}, {"title.text": titles[number]}]} for number, (example, arm, _) in enumerate(shown)]
     for trace, seen in zip(figure.data, visible(0)): trace.visible = seen
     return figure.update_layout(title={"text": titles[0], "font": {"size": 13}, "x": 0.02, "y": 0.98, "yanchor": "top"}, margin={"t": 90}, legend={"orientation": "h", "y": 0},
-                                scene_camera={"eye": {"x": 0.7, "y": 0.7, "z": 1.7}},      # steep enough to see over the walls
+                                scene_camera={"eye": {"x": 0.82, "y": 0.82, "z": 2.0}},      # steep enough to see over the walls
                                 updatemenus=[{"buttons": buttons, "x": 0, "y": 1, "xanchor": "left", "yanchor": "top"}])
 
 # %% ../nbs/64_gallery.ipynb #a6766edf
