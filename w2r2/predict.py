@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['allowed', 'decode', 'read_boxes', 'Predictions', 'answer', 'look', 'read_words', 'ground', 'ask', 'describe']
 
-# %% ../nbs/51_predict.ipynb #8e6c1200
+# %% ../nbs/51_predict.ipynb #bf0d8120
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 import numpy as np, torch
 from transformers import PreTrainedTokenizerBase
 from .checkpoint import companions
-from .encoders import encoder3d
+from .features import encode_views
 from .model import INPUTS, FusedVLM
 from .packing import PADDING, Packer, extend
 from .prepared import prepare_scan
@@ -131,7 +131,7 @@ def answer(
     numbers, tasks, seen, boxes, own = (torch.cat(part).cpu().numpy() for part in zip(*parts))
     return Predictions(numbers, tasks, texts, seen, boxes, own)
 
-# %% ../nbs/51_predict.ipynb #8d05723a
+# %% ../nbs/51_predict.ipynb #029fb971
 def look(
     model: FusedVLM,
     scan: Scan,
@@ -140,12 +140,10 @@ def look(
     depth_size: tuple[int, int] = (80, 60),   # width and height that depth is resized to [pixels]
 ) -> tuple[dict, dict[str, np.ndarray]]:  # a scene without queries, and the views it was made from (see `w2r2.prepared`)
     "Features of a scan; raises `ScanNetError` for a scan without frames and ValueError for one without depth."
-    config, (rows, columns) = model.config, model.config.grid
-    side = config.vlm_config.vision_config.patch_size * config.vlm_config.vision_config.spatial_merge_size
-    views = prepare_scan(scan.root, scan.scene_id, config.views, (columns * side, rows * side), depth_size)
-    geometry = encoder3d(config.encoder3d, grid=(rows, columns), noise=noise)(views, int(scan.scene_id[5:9]))
-    f2d, there = model.encode_images(views["color"]), geometry.isfinite().all(-1).nonzero()[:, 0]        # a scan may have fewer frames than a model has views
-    chosen = there[model.choose_patches(f2d[there], keep)]
+    (rows, columns), vision = model.config.grid, model.config.vlm_config.vision_config
+    side = vision.patch_size * vision.spatial_merge_size
+    views = prepare_scan(scan.root, scan.scene_id, model.config.views, (columns * side, rows * side), depth_size)
+    f2d, (geometry,), chosen = encode_views(model, views, scan.scene_id, [noise], keep)
     return {"f2d": f2d, "geometry": geometry, "poses": torch.as_tensor(views["poses"]), "visual_index": chosen, "queries": [], "index": 0}, views
 
 # %% ../nbs/51_predict.ipynb #f7196491
