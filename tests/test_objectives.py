@@ -153,7 +153,7 @@ def test_gradient_of_direct_is_that_of_the_hinge():
 @pytest.fixture(scope="module")
 def world():
     torch.manual_seed(0)
-    model = FusedVLM(FusedConfig(vlm_config=tiny_config(TOKENIZER), embedding_additions=True, answer_token_id=PACKER.opening[0], first_bin=PACKER.first_bin, bin_tokens=len(BINS.vocabulary)))
+    model = FusedVLM(FusedConfig(vlm_config=tiny_config(TOKENIZER), embedding_additions=True, answer_token_id=PACKER.opening[0], first_bin=PACKER.first_bin))
     batch = make(3, scenes=4, kinds=[0, 1, 2, 0])
     world = SimpleNamespace(model=model, batch=batch, targets=Targets(batch, BINS, PACKER.first_bin))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)

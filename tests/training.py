@@ -21,7 +21,7 @@ BINS = Bins(count=120, low=(-6.6, -1.1, -3.3, 0.0, 0.0, 0.0), width=(0.11, 0.11,
 def fresh(tokenizer: PreTrainedTokenizerFast, packer: Packer) -> FusedVLM:
     "A tiny model that has learned nothing."
     torch.manual_seed(0)
-    return FusedVLM(FusedConfig(vlm_config=tiny_config(tokenizer), embedding_additions=True, answer_token_id=packer.opening[0], first_bin=packer.first_bin, bin_tokens=len(BINS.vocabulary)))
+    return FusedVLM(FusedConfig(vlm_config=tiny_config(tokenizer), embedding_additions=True, answer_token_id=packer.opening[0], first_bin=packer.first_bin))
 
 def prepare(folder: Path):
     "Features and queries of the sample scenes."

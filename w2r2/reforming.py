@@ -56,12 +56,12 @@ class Reforming(nn.Module):
         similar = cosine_similarity(linear(other, self.what.weight.detach()), looks.detach(), dim=-1)
         return terms | {"similar": mean(1 - similar, both), "removed": mean((1 - torch.linalg.vector_norm(gap, dim=-1) / self.radius).relu(), both)}
 
-# %% ../nbs/49_reforming.ipynb #0aefe92d
+# %% ../nbs/49_reforming.ipynb #7fcc0ed8
 def visual_attention(
     model: FusedVLM,
     states: tuple[torch.Tensor, ...],  # `hidden_states` of a pass with `output_hidden_states=True`
     batch: dict[str, torch.Tensor],
-    layer: int = -1,                   # of the decoder
+    layer: int = 0,                    # of the decoder; in the embedded backbone the first looks at what is asked for, the last hardly does (`diagnose.attention_on_target`)
 ) -> torch.Tensor:                     # (B, Q, N) sums to 1; 0 for a query that is not answered by a box
     "How the tokens that answer with a box share their attention among the visual tokens."
     decoder, place = model.vlm.model.language_model, visual_slice(batch, model.config)
