@@ -9,8 +9,9 @@ from w2r2.alignment import Targets, adapted_cross_entropy, align, query_losses, 
 from w2r2.answers import Bins
 from w2r2.backbone import build_tokenizer, tiny_config
 from w2r2.geometry import box_iou, box_iou_soft
+from w2r2.interventions import displace
 from w2r2.model import INPUTS, FusedConfig, FusedVLM
-from w2r2.objectives import READINGS, deter, push
+from w2r2.objectives import READINGS, deter, push, shortcut_pass
 from w2r2.packing import Packer
 
 BINS = Bins(count=40, width=(0.22, 0.22, 0.09, 0.06, 0.06, 0.06))
@@ -95,7 +96,8 @@ def by_loops(batch, fused, short, mu, sigma, weight):
         out[scene, query] = {
             "alignment": align_loss, "similarity": s, "greedy": hard, "none": 0.0, "literal": max(0, s - mu), "direct": max(0, s - mu), "features": max(0, s - mu),
             "score": max(0, hard - mu) * likely, "agreement": (1 - s) * max(0, agreed - mu), "reweight": (1 - max(0, s - mu) / (1 - mu)) * align_loss,
-            "poe": loss(fused.log_softmax(-1) + short.log_softmax(-1), tokens), "whatwhere": loss(short, what) + flat}
+            "poe": loss(fused.log_softmax(-1) + short.log_softmax(-1), tokens), "whatwhere": loss(short, what) + flat,
+            "counterfactual": max(0, s - mu) if box is not None else 0.0}
     return out
 
 
@@ -191,10 +193,12 @@ def test_literal_is_plain_fine_tuning(world, mu, lam):
 @pytest.mark.parametrize("reading", READINGS)
 def test_gate_and_parts(world, reading):
     "The gate, and the mean over parts of the batch, leave loss and gradient as they are."
-    best = similarity(logits(world, world.model, shortcut=True), world.targets, greedy=reading == "score").amax(1).sort().values
+    torch.manual_seed(0)
+    moved = READINGS[reading].moved
+    asked = Targets(displace(world.batch), BINS, PACKER.first_bin) if moved else world.targets
+    similarities = similarity(shortcut_pass(world.model, asked, moved=moved), asked, greedy=reading == "score")
+    best = similarities[:, [0, 3] if moved else slice(None)].amax(1).sort().values
     mu = best[1:3].mean().item()                                                          # so that two scenes pass the gate
-    acts = deter(world.model, world.targets, logits(world, world.model), reading, mu).active.any(1)
-    if READINGS[reading].gated: assert acts.sum() == 2
 
     def gradient(*terms):
         world.model.zero_grad()
@@ -203,8 +207,28 @@ def test_gate_and_parts(world, reading):
         return total.item(), torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in world.model.parameters()])
 
     def term(**options):
+        torch.manual_seed(0)                                                              # the same displacement, if there is one
         return deter(world.model, world.targets, logits(world, world.model), reading, mu, **options).loss
+    torch.manual_seed(0)
+    if READINGS[reading].gated: assert deter(world.model, world.targets, logits(world, world.model), reading, mu).active.any(1).sum() == 2
     whole, direction = gradient(term(gated=False))
     for other in (gradient(term(gated=True)), gradient(*(term(scenes=torch.arange(4) % 2 == part, items=int(world.targets.valid.sum())) for part in (0, 1)))):
         assert other[0] == pytest.approx(whole, abs=1e-6)
         assert (other[1] - direction).abs().max() <= 1e-5 * max(direction.abs().max().item(), 1e-6)
+
+
+def test_both_passes_of_the_gate_see_the_same_displacement(world):
+    "Also where only some scenes are pushed on; the batch that was given stays as it is."
+    given, seen = world.batch["geometry"].clone(), []
+    handle = world.model.fusion.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    fused = logits(world, world.model)
+    for scenes in (None, torch.tensor([True, False, True, True])):
+        torch.manual_seed(0)
+        acts = deter(world.model, world.targets, fused, "counterfactual", 0.0, scenes=scenes).active.any(1)
+        assert acts.any()
+        first, second = seen[-2:]
+        assert torch.equal(first[acts], second)
+    handle.remove()
+    unmoved, everywhere, some = seen[0], seen[1], seen[3]
+    assert torch.equal(unmoved, given) and torch.equal(world.batch["geometry"], given) and torch.equal(everywhere[[0, 2, 3]], some)
+    assert (everywhere - given).abs().amax((1, 2)).min() > 1e-3

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'Reading', 'Push', 'push', 'constant_visual', 'shortcut_pass', 'deter', 'hinge', 'score', 'agreement',
-           'reweight', 'poe', 'whatwhere']
+           'reweight', 'poe', 'whatwhere', 'counterfactual']
 
-# %% ../nbs/47_objectives.ipynb #db135b8b
+# %% ../nbs/47_objectives.ipynb #463ee457
 import math
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -16,9 +16,10 @@ import torch
 from torch.nn import functional
 from .alignment import Targets, adapted_cross_entropy, batch_mean, bin_logits, expected_boxes, per_query, query_losses, query_mean, similarity
 from .geometry import box_iou_soft
+from .interventions import displace
 from .model import INPUTS, FusedVLM
 
-# %% ../nbs/47_objectives.ipynb #29967e44
+# %% ../nbs/47_objectives.ipynb #8ecf4634
 @dataclass(frozen=True)
 class Reading:
     "One way to read Eq. 6."
@@ -28,6 +29,7 @@ class Reading:
     gradient: bool = False        # passes through the shortcut pass
     gated: bool = False           # where it does not act it has no gradient, so that only scenes where it acts need a pass with gradient
     constant_visual: bool = False # the shortcut pass takes its visual tokens for constants
+    moved: bool = False           # the shortcut pass keeps F3D, moved by `w2r2.interventions.displace`, instead of doing without
 
 READINGS = {"none": Reading("0", "plain fine-tuning", None)}
 
@@ -75,18 +77,19 @@ def constant_visual(
     try: yield
     finally: handle.remove()
 
-# %% ../nbs/47_objectives.ipynb #17afc48e
+# %% ../nbs/47_objectives.ipynb #faf4808b
 def shortcut_pass(
     model: FusedVLM,
     targets: Targets,
     constant: bool = False,  # see `constant_visual`
+    moved: bool = False,     # the batch is displaced: Phi(F2D, do(F3D)) instead
 ) -> torch.Tensor:           # (K, vocabulary)
     "Eq. 3: the logits of Phi(F2D, 0) at the kept positions."
     batch = targets.batch
     with constant_visual(model, batch["input_ids"]) if constant else nullcontext():
-        return model(**{name: batch[name] for name in INPUTS}, shortcut=True, logits_to_keep=batch["labels"] >= 0).logits
+        return model(**{name: batch[name] for name in INPUTS}, shortcut=not moved, logits_to_keep=batch["labels"] >= 0).logits
 
-# %% ../nbs/47_objectives.ipynb #6e947a5a
+# %% ../nbs/47_objectives.ipynb #22d654f4
 def deter(
     model: FusedVLM,                     # not wrapped for parallel training: the number of passes depends on the batch
     targets: Targets,
@@ -98,18 +101,20 @@ def deter(
     items: float | None = None,          # see `w2r2.alignment.batch_mean`
 ) -> Push:
     "Eq. 6 of a batch, with its shortcut pass."
+    spec = READINGS.get(reading)
+    if spec is not None and spec.moved:
+        targets = Targets(displace(targets.batch, math.prod(model.config.grid)), targets.bins, targets.first_bin, targets.sigma, targets.coordinate_weight)
     if scenes is not None:
         fused_logits, targets = fused_logits[scenes[targets.query // targets.size[1]]], targets.take(scenes)
-    spec = READINGS.get(reading)
     if spec is None or spec.penalty is None: return push(reading, fused_logits, None, targets, mu, items)
     if spec.gradient and not (gated and spec.gated):
-        return push(reading, fused_logits, shortcut_pass(model, targets, spec.constant_visual), targets, mu, items)
-    with torch.no_grad(): shortcut = shortcut_pass(model, targets)
+        return push(reading, fused_logits, shortcut_pass(model, targets, spec.constant_visual, spec.moved), targets, mu, items)
+    with torch.no_grad(): shortcut = shortcut_pass(model, targets, moved=spec.moved)
     found = push(reading, fused_logits, shortcut, targets, mu, items)
     acts = found.active.any(1)
     if not (spec.gradient and acts.any()): return found
     some = targets.take(acts)
-    loss = push(reading, fused_logits[acts[targets.query // targets.size[1]]], shortcut_pass(model, some, spec.constant_visual), some, mu,
+    loss = push(reading, fused_logits[acts[targets.query // targets.size[1]]], shortcut_pass(model, some, spec.constant_visual, spec.moved), some, mu,
                 targets.valid.sum().item() if items is None else items).loss
     return found._replace(loss=loss)
 
@@ -167,3 +172,10 @@ def whatwhere(s, fused, shortcut, targets, mu):
     return identify + localise, targets.valid, {"identify": identify, "localise": localise}
 
 READINGS["whatwhere"] = Reading("CE(p_S of view and words, y) + KL(uniform, p_S of coordinates) / log n", "the what-where split (title, introduction); ours", whatwhere, gradient=True)
+
+# %% ../nbs/47_objectives.ipynb #c7baf8be
+def counterfactual(s, fused, shortcut, targets, mu):
+    "The hinge of boxes; right words stay right when the geometry moves."
+    return hinge(per_query(s.flatten()[targets.grounded], s.new_zeros(len(targets.words)), targets), fused, shortcut, targets, mu)
+
+READINGS["counterfactual"] = Reading("max(0, s(o_do, y) - mu) of boxes", "answers that do not follow a moved geometry; ours", counterfactual, gradient=True, gated=True, moved=True)
