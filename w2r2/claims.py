@@ -231,7 +231,7 @@ def peak(
     if not np.isfinite(d.low): return Finding(PENDING, f"{said}: too few seeds")
     return Finding(REPRODUCED if best == at and d.low > 0 else NOT_REPRODUCED, f"{said}, difference [{d.low:+.3f}, {d.high:+.3f}]" + ("" if d.low > 0 else ": flat within the interval"))
 
-# %% ../nbs/60_claims.ipynb #8da4f026
+# %% ../nbs/60_claims.ipynb #bc58e2e3
 LINKS = {"overall": "the-overall-column", "granularity": "250-queries", "quoted": "the-metric-mix", "blind_is_better": "the-metric-mix", "premise": "the-metric-mix",
          "leads": "ranks", "figure_and_table": "figure-3-against-table-2", "gradient": "the-gradient-of-eq-6", "hinge": "how-often-the-hinge-can-be-active"}
 
@@ -239,11 +239,11 @@ def audit(
     results: pd.DataFrame = None,  # of all runs; None: nothing has been measured yet
     paper: dict = None,            # from `read_paper`; None: the file in data/
     scores: dict = {},
-    noise: float = .25,            # the regime that decides: geometry noise, in the place of reconstructed geometry
+    noise: float | None = None,    # the regime that decides: geometry noise, in the place of reconstructed geometry; None: the noisiest
 ) -> pd.DataFrame:  # id, where, claim, status, evidence, link
     "Every claim with what became of it; boxes as the model gives them, not refined by proposals."
     paper, rows = paper or read_paper(), []
-    if results is not None: results = results[(results.noise == noise) & (results.proposals != "yes")]
+    if results is not None: results = results[(results.noise == (results.noise.max() if noise is None else noise)) & (results.proposals != "yes")]
     for claim in paper["claims"]:
         link = "60_claims.ipynb#claims-that-an-experiment-decides"
         if "check" in claim:

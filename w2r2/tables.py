@@ -72,8 +72,8 @@ def grid(
     frame = pd.DataFrame(list(lines.values())).fillna("–")
     return frame[[c for c in frame if c != "measured on"] + ["measured on"]]
 
-# %% ../nbs/61_tables.ipynb #76547cee
-OURS = ("plain", "direct", "intervention")    # our rows in Tables 1 and 2
+# %% ../nbs/61_tables.ipynb #2f4f0be3
+OURS = "plain", "direct", "intervention", "plain long", "intervention long"    # our rows in Tables 1 and 2, those that were run
 
 def at_defaults(
     results: pd.DataFrame,
@@ -94,7 +94,7 @@ def table1(
     chosen = select(at_defaults(results, paper["defaults"]), task="scanrefer", split=split, metric=paper["table1"]["metrics"], **{"pass": ["2d", "fused"]})
     figures, rows = cells(chosen, scores), []
     for side, name in (("only 2D", "2d"), ("2D + 3D", "fused")):
-        systems = paper["table1"][side] | {arm: [np.nan] * 2 for arm in arms}
+        systems = paper["table1"][side] | {arm: [np.nan] * 2 for arm in arms if arm in set(results.arm)}
         for system, printed in systems.items():
             for metric, number in zip(paper["table1"]["metrics"], printed):
                 rows += [{"input": side, "system": system if system not in arms else f"ours: {system}", "metric": metric, "printed": number, **found}
@@ -109,7 +109,7 @@ def to_markdown(
     def line(values): return "| " + " | ".join(str(v).replace("|", "\\|") for v in values) + " |"
     return "\n".join([line(frame.columns), line(["---"] * frame.shape[1]), *map(line, frame.to_numpy())]) + "\n"
 
-# %% ../nbs/61_tables.ipynb #58928ce1
+# %% ../nbs/61_tables.ipynb #da608040
 METRICS = {"Acc@0.25": "Acc@0.25", "Acc@0.5": "Acc@0.5", "BLEU-4": "BLEU-4@0.5", "CIDEr": "CIDEr@0.5", "EM": "EM@1"}    # column of Table 2 -> metric of ours
 
 def table2(
@@ -122,7 +122,7 @@ def table2(
     "Table 2: the paper's rows, then ours."
     chosen = select(at_defaults(results, paper["defaults"]), split=split, metric=list(METRICS.values()), **{"pass": "fused"})
     figures, rows = cells(chosen, scores), []
-    systems = {s: row for s, row in paper["table2"].items() if s != "metrics"} | {arm: [None] * 6 for arm in arms}
+    systems = {s: row for s, row in paper["table2"].items() if s != "metrics"} | {arm: [None] * 6 for arm in arms if arm in set(results.arm)}
     for system, printed in systems.items():
         label = {"system": system if system not in arms else f"ours: {system}"}
         for column, number in zip(METRICS, printed):
@@ -134,7 +134,7 @@ def table2(
             rows.append(label | {"metric": "Overall", "printed": printed[5]} | five.iloc[0][[*SHOWN, "refined"]].to_dict() | {"value": mean, "low": np.nan, "high": np.nan, "interval": NOT_MEASURED if np.isnan(mean) else "none"})
     return pd.DataFrame(rows)
 
-# %% ../nbs/61_tables.ipynb #79a4aefe
+# %% ../nbs/61_tables.ipynb #d44a4e8b
 def arms_table(
     results: pd.DataFrame,
     defaults: dict,          # lam and mu
@@ -142,7 +142,7 @@ def arms_table(
     baseline: str = "plain",
     scores: dict = {},
 ) -> pd.DataFrame:
-    "Fused and 2D-only accuracy of every arm, and the paired difference of its fused accuracy from the baseline's."
+    "Fused and 2D-only accuracy of every arm, and the paired difference of its fused accuracy from the baseline's: from as many steps of it, where an arm `baseline ...` has them."
     chosen = select(at_defaults(results, defaults), task="scanrefer", split=split, metric=["Acc@0.25", "Acc@0.5"])
     figures, rows = cells(select(chosen, **{"pass": ["fused", "2d"]}), scores), []
     for arm in dict.fromkeys(figures.arm):
@@ -151,7 +151,8 @@ def arms_table(
                 rows.append({"metric": metric} | found)
                 if arm == baseline: continue
                 same = select(chosen, metric=metric, noise=found["noise"], proposals=found["proposals"], **{"pass": "fused"})
-                d = contrast(same, {"arm": arm, "steps": found["steps"]}, {"arm": baseline}, scores)
+                rivals = [name for name in dict.fromkeys(same.arm) if name.startswith(baseline) and name != arm and found["steps"] in set(select(same, arm=name).steps)]
+                d = contrast(same, {"arm": arm, "steps": found["steps"]}, {"arm": [*rivals, baseline][0]}, scores)
                 if d is not None: rows.append({"metric": f"{metric} minus {baseline}"} | found | {"value": 100 * d.value, "low": 100 * d.low, "high": 100 * d.high})
         rows += [{"metric": "2D-only Acc@0.25"} | found for found in measured(figures, arm=arm, metric="Acc@0.25", **{"pass": "2d"})]
     return pd.DataFrame(rows)
@@ -226,7 +227,7 @@ def write_table(
     paths[2].write_text(style.to_latex(hrules=True, caption=caption.translate(LATEX), label=f"tab:{name}", position_float="centering"), encoding="utf-8")
     return paths
 
-# %% ../nbs/61_tables.ipynb #fd99c954
+# %% ../nbs/61_tables.ipynb #dbe4b2e0
 def write_all(
     results: pd.DataFrame,
     paper: dict,
@@ -240,7 +241,7 @@ def write_all(
     tables = {
         "table1": (table1(results, paper, scores=scores), ["input", "system", "noise", "refined"], "metric", f"Table 1 of the paper, ScanRefer. {legend}"),
         "table2": (table2(results, paper, scores=scores), ["system", "noise", "refined"], "metric", f"Table 2 of the paper. Caption columns here: at IoU 0.5, the true box given. {legend}"),
-        "arms": (arms_table(results, defaults, scores=scores), ["arm", "noise", "lam", "mu", "steps", "refined"], "metric", f"Readings of Eq. 6, controls and the intervention, ScanRefer, in percent. {legend}"),
+        "arms": (arms_table(results, defaults, scores=scores), ["arm", "noise", "lam", "mu", "steps", "refined"], "metric", f"Readings of Eq. 6, controls and the intervention, ScanRefer, in percent. Differences are paired, from plain fine-tuning of as many steps if there is one. {legend}"),
         "robustness": (robustness(results, defaults, scores=scores), ["arm", "noise", "refined"], "split", f"Acc@0.25 by split, in percent. {legend}"),
         "causality": (causality(results, defaults, scores=scores), ["arm", "noise", "refined"], "metric", f"What each input is worth, and whether answers follow the geometry. {legend}"),
         "activation": (activation(results, defaults), ["arm", "noise", "lam", "mu", "steps"], "metric",
