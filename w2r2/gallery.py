@@ -132,7 +132,7 @@ def sheet(
     figure.legend([Line2D([], [], **LINES[name]) for name in boxes], boxes, loc="outside lower center", ncols=len(boxes))
     return figure
 
-# %% ../nbs/64_gallery.ipynb #c7ba0295
+# %% ../nbs/64_gallery.ipynb #704d8538
 def page(
     examples: list[Example],   # of one scene
     scan: Scan,
