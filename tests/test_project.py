@@ -1,6 +1,8 @@
 """What holds the project together: its configuration, its pipeline, its command, its recorded scenes."""
+import copy
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -105,3 +107,29 @@ def test_bad_input_is_one_line(arguments, capsys, tmp_path, monkeypatch):
 def test_command_is_installed():
     result = run("w2r2", "show", "scene9000_00", "--json")
     assert result.returncode == 0 and len(json.loads(result.stdout)) > 10
+
+
+def test_notebooks_merge_by_cell(tmp_path):
+    "Outputs that conflict, on both sides of a merge, leave a notebook with the words of both."
+    def git(*arguments): return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+    git("init", "-q", "-b", "main")
+    for name in (".gitconfig", ".gitattributes"): shutil.copy(ROOT / name, tmp_path)
+    git("config", "--local", "include.path", "../.gitconfig")
+    page = json.loads((ROOT / "nbs/22_statistics.ipynb").read_text())
+    shown = [cell for cell in page["cells"] if cell["cell_type"] == "code" and cell["outputs"]]
+    def commit(branch, output, place, words):
+        if branch != "main": git("checkout", "-q", "-b", branch, "main")
+        edited = copy.deepcopy(page)
+        cells = [cell for cell in edited["cells"] if cell["cell_type"] == "code" and cell["outputs"]]
+        cells[0]["outputs"] = [{"name": "stdout", "output_type": "stream", "text": [output]}]
+        cells[place]["source"] += [f"\n# {words}"]
+        (tmp_path / "page.ipynb").write_text(json.dumps(edited, indent=1) + "\n")
+        git("add", "-A")
+        git("commit", "-q", "-m", branch)
+    assert len(shown) > 3
+    commit("main", "0\n", 1, "first")
+    commit("theirs", "1\n", 2, "theirs")
+    commit("ours", "2\n", 3, "ours")
+    git("merge", "-q", "-m", "both", "theirs")
+    merged = ["".join(cell["source"]) for cell in json.loads((tmp_path / "page.ipynb").read_text())["cells"]]
+    assert sum(text.endswith("# theirs") for text in merged) == sum(text.endswith("# ours") for text in merged) == 1
