@@ -176,16 +176,19 @@ def shifts(
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
-# %% ../nbs/62_figures.ipynb #272feddb
+# %% ../nbs/62_figures.ipynb #2bc2afad
 @styled
 def following(
     moved: dict,     # arm -> frame from `w2r2.diagnose.displacements`: scene, axis, shift [m], displacement [m]
     slopes: dict,    # arm -> Interval from `w2r2.diagnose.following_slope`
 ) -> Figure:
     "Displacement of the answer against the shift of the geometry, a dot per scene, axis and shift, for every arm."
-    figure, axes = plt.subplots(1, len(moved), figsize=(2.6 * len(moved) + .6, 2.8), sharex=True, sharey=True, squeeze=False)
+    columns = min(4, len(moved))
+    lines = -(-len(moved) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(2.6 * columns + .6, 2.8 * lines), sharex=True, sharey=True, squeeze=False)
+    for axis in axes.flat[len(moved):]: axis.set_axis_off()
     limit = 1.15 * max(rows["shift"].abs().max() for rows in moved.values())
-    for panel, (arm, rows) in zip(axes[0], moved.items()):
+    for panel, (arm, rows) in zip(axes.flat, moved.items()):
         mean = rows.groupby(["axis", "scene", "shift"]).displacement.mean().reset_index()
         for (axis, own), mark, shade in zip(mean.groupby("axis"), MARKS, ("0.65", "0.4", "0.1")):
             panel.plot(own["shift"] + {"x": -.02, "y": .02, "z": 0}[axis] * limit, own.displacement, mark, ms=2.5, color=shade, alpha=.5, mew=0, label=axis)
@@ -195,6 +198,6 @@ def following(
         panel.plot(ends, slope.value * ends, color="C1")
         panel.fill_between(ends, slope.low * ends, slope.high * ends, color="C1", alpha=.25, lw=0)
         panel.set(title=f"{arm}: slope {slope.value:.2f} [{slope.low:.2f}, {slope.high:.2f}]", xlabel="shift of the geometry [m]", ylim=(-2 * limit, 2 * limit))
-    axes[0, 0].set_ylabel("displacement of the answer [m]")
+    for panel in axes[:, 0]: panel.set_ylabel("displacement of the answer [m]")
     axes[0, 0].legend(title="axis", fontsize=7, markerscale=2)
     return figure
