@@ -116,17 +116,17 @@ def test_notebooks_merge_by_cell(tmp_path):
     for name in (".gitconfig", ".gitattributes"): shutil.copy(ROOT / name, tmp_path)
     git("config", "--local", "include.path", "../.gitconfig")
     page = json.loads((ROOT / "nbs/22_statistics.ipynb").read_text())
-    shown = [cell for cell in page["cells"] if cell["cell_type"] == "code" and cell["outputs"]]
+    def with_outputs(notebook): return [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and cell["outputs"]]
     def commit(branch, output, place, words):
         if branch != "main": git("checkout", "-q", "-b", branch, "main")
         edited = copy.deepcopy(page)
-        cells = [cell for cell in edited["cells"] if cell["cell_type"] == "code" and cell["outputs"]]
+        cells = with_outputs(edited)
         cells[0]["outputs"] = [{"name": "stdout", "output_type": "stream", "text": [output]}]
         cells[place]["source"] += [f"\n# {words}"]
         (tmp_path / "page.ipynb").write_text(json.dumps(edited, indent=1) + "\n")
         git("add", "-A")
         git("commit", "-q", "-m", branch)
-    assert len(shown) > 3
+    assert len(with_outputs(page)) > 3
     commit("main", "0\n", 1, "first")
     commit("theirs", "1\n", 2, "theirs")
     commit("ours", "2\n", 3, "ours")

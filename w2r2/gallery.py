@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['LINES', 'HALO', 'choose', 'Example', 'examples', 'draw_view', 'draw_plan', 'sheet', 'page', 'anchors']
 
-# %% ../nbs/64_gallery.ipynb #9c2cbd16
+# %% ../nbs/64_gallery.ipynb #36f68b2a
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -6,7 +6,7 @@
 __all__ = ['texts', 'pixels', 'tower', 'train_vision', 'see', 'centre', 'name_words', 'fit_objects', 'code_bins',
            'attend_to_likeness', 'assemble', 'short_prompts', 'Lessons', 'LessonConfig', 'Teacher', 'teach']
 
-# %% ../nbs/54_pretraining.ipynb #e67d1632
+# %% ../nbs/54_pretraining.ipynb #cfddae59
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,6 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel, apply_rotary_pos_emb_vision
 from .alignment import Targets, adapted_cross_entropy, align, batch_mean, query_mean
 from .answers import Bins
-from .backbone import tiny_config
 from .dense import DenseHeads, DenseLabels, dense_losses, mirrored
 from .features import Features, Queries
 from .layout import Item

@@ -72,7 +72,7 @@ def grid(
     frame = pd.DataFrame(list(lines.values())).fillna("–")
     return frame[[c for c in frame if c != "measured on"] + ["measured on"]]
 
-# %% ../nbs/61_tables.ipynb #2f4f0be3
+# %% ../nbs/61_tables.ipynb #fa0540be
 OURS = "plain", "direct", "intervention", "plain long", "intervention long"    # our rows in Tables 1 and 2, those that were run
 
 def at_defaults(
@@ -82,6 +82,15 @@ def at_defaults(
     "Of an arm with several settings of lam and mu, as a sweep has them, only the default one."
     at = (results.lam.isna() | (results.lam == defaults["lam"])) & (results.mu.isna() | (results.mu == defaults["mu"]))
     return results[at | ~results.arm.isin(results.arm[at])]
+
+def _add_ours(
+    systems: dict,          # of the paper, with their printed numbers
+    arms: tuple,
+    results: pd.DataFrame,
+    count: int,             # of numbers that a row prints
+) -> dict:
+    "The rows of a table: those of the paper, then the arms that were run."
+    return systems | {arm: [np.nan] * count for arm in arms if arm in set(results.arm)}
 
 def table1(
     results: pd.DataFrame,
@@ -94,8 +103,7 @@ def table1(
     chosen = select(at_defaults(results, paper["defaults"]), task="scanrefer", split=split, metric=paper["table1"]["metrics"], **{"pass": ["2d", "fused"]})
     figures, rows = cells(chosen, scores), []
     for side, name in (("only 2D", "2d"), ("2D + 3D", "fused")):
-        systems = paper["table1"][side] | {arm: [np.nan] * 2 for arm in arms if arm in set(results.arm)}
-        for system, printed in systems.items():
+        for system, printed in _add_ours(paper["table1"][side], arms, results, 2).items():
             for metric, number in zip(paper["table1"]["metrics"], printed):
                 rows += [{"input": side, "system": system if system not in arms else f"ours: {system}", "metric": metric, "printed": number, **found}
                          for found in measured(figures, arm=system, metric=metric, **{"pass": name})]
@@ -109,7 +117,7 @@ def to_markdown(
     def line(values): return "| " + " | ".join(str(v).replace("|", "\\|") for v in values) + " |"
     return "\n".join([line(frame.columns), line(["---"] * frame.shape[1]), *map(line, frame.to_numpy())]) + "\n"
 
-# %% ../nbs/61_tables.ipynb #da608040
+# %% ../nbs/61_tables.ipynb #505f89b8
 METRICS = {"Acc@0.25": "Acc@0.25", "Acc@0.5": "Acc@0.5", "BLEU-4": "BLEU-4@0.5", "CIDEr": "CIDEr@0.5", "EM": "EM@1"}    # column of Table 2 -> metric of ours
 
 def table2(
@@ -122,8 +130,7 @@ def table2(
     "Table 2: the paper's rows, then ours."
     chosen = select(at_defaults(results, paper["defaults"]), split=split, metric=list(METRICS.values()), **{"pass": "fused"})
     figures, rows = cells(chosen, scores), []
-    systems = {s: row for s, row in paper["table2"].items() if s != "metrics"} | {arm: [None] * 6 for arm in arms if arm in set(results.arm)}
-    for system, printed in systems.items():
+    for system, printed in _add_ours({name: row for name, row in paper["table2"].items() if name != "metrics"}, arms, results, 6).items():
         label = {"system": system if system not in arms else f"ours: {system}"}
         for column, number in zip(METRICS, printed):
             rows += [label | {"metric": column, "printed": number} | found for found in measured(figures, arm=system, metric=METRICS[column])]
