@@ -31,16 +31,16 @@ def build_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>",
                                    extra_special_tokens=["<answer>", "<image>"], clean_up_tokenization_spaces=False)
 
-# %% ../nbs/42_backbone.ipynb #5bbf9498
+# %% ../nbs/42_backbone.ipynb #edbf3154
 def tiny_config(
     tokenizer: PreTrainedTokenizerFast,
     hidden: int = 64,     # width of the decoder; a multiple of 64
-    vision_hidden: int = 64,  # width of the vision tower
+    vision_hidden: int = 64,  # width of the vision tower; 128 in `rooms-tiny`
     layers: int = 3,      # decoder layers
     blocks: int = 4,      # vision blocks, all with attention over the whole view
     patch: int = 14,      # side of a patch [pixel]
 ) -> Qwen2_5_VLConfig:
-    "The configuration of `rooms-tiny`; four heads, feed-forward layers of twice the width."
+    "A Qwen2.5-VL of the size of `rooms-tiny`; four heads, feed-forward layers of twice the width."
     image, video, start, end = tokenizer.convert_tokens_to_ids(["<image>", "<video>", "<vision_start>", "<vision_end>"])
     section = [hidden // 32, hidden * 3 // 64, hidden * 3 // 64]
     text = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,

@@ -142,7 +142,7 @@ def mirror_test(
     return {"direction": slope(-angle, angle_after, group), "distance": slope((there - here)[seen], (y_after - y)[seen], group[seen]),
             "share": bootstrap((angle * angle_after < 0)[aside], group[aside])}
 
-# %% ../nbs/52_diagnose.ipynb #1efa146a
+# %% ../nbs/52_diagnose.ipynb #25df6c81
 @torch.no_grad()
 def _states(model: FusedVLM, scene: dict, packer: Packer) -> tuple[dict, dict]:
     "The batch of a scene's ScanRefer queries, and the hidden states of its fused and its 2D-only pass."
@@ -157,7 +157,7 @@ def attention_maps(
     model: FusedVLM,
     scene: dict,
     packer: Packer,
-    layer: int = -1,             # of the decoder
+    layer: int = 0,              # of the decoder; see `attention_on_target`
 ) -> dict[str, np.ndarray]:      # "fused" and "2d": (ScanRefer queries, views, rows, columns), NaN for patches that the model is not shown
     "Attention of the answers to the visual tokens, in units of an even spread; raises ValueError without ScanRefer queries."
     batch, passes = _states(model, scene, packer)
