@@ -53,7 +53,7 @@ check: $(READY) ## w2r2/ in step with nbs/, notebooks clean, data as pinned
 	@echo 'w2r2/ in step, notebooks clean, data as pinned'
 
 notebooks: $(READY) ## execute the library notebooks in place
-	for notebook in nbs/[0-9]*.ipynb; do papermill --engine w2r2 --cwd nbs --stderr-file /dev/stderr --no-progress-bar $(CURDIR)/$$notebook $(CURDIR)/$$notebook || exit 1; done
+	for notebook in nbs/[0-9]*.ipynb nbs/log.ipynb; do papermill --engine w2r2 --cwd nbs --stderr-file /dev/stderr --no-progress-bar $(CURDIR)/$$notebook $(CURDIR)/$$notebook || exit 1; done
 	nbdev_clean
 
 readme: $(READY) ## README.md from nbs/index.ipynb
