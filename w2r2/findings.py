@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['against_plain', 'forest', 'left_without_3d']
 
-# %% ../nbs/65_findings.ipynb #790f0e6c
+# %% ../nbs/65_findings.ipynb #65d97c62
 from itertools import product
 
 import matplotlib.pyplot as plt
@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 from .figures import styled
 from .results import contrast, select
+from .tables import as_long
 
-# %% ../nbs/65_findings.ipynb #9e83e8a2
+# %% ../nbs/65_findings.ipynb #fd07484e
 def against_plain(
     results: pd.DataFrame,          # an arm at one setting of its dials, see `w2r2.tables.at_defaults`
     splits: dict[str, list[str]],   # what to call them -> splits that are taken together
@@ -28,9 +29,7 @@ def against_plain(
     chosen, rows = select(results, task="scanrefer", metric=metric, proposals=proposals, **{"pass": "fused"}), []
     for noise, (where, together) in product(sorted(chosen.noise.unique(), reverse=True), splits.items()):
         here = select(chosen, noise=noise, split=together)
-        steps = here.groupby("arm", sort=False).steps.first()
-        plain = steps[steps.index.str.startswith("plain")]
-        for arm, against in ((arm, rival) for arm in steps.index.drop(plain.index) for rival in plain.index[plain == steps[arm]]):
+        for arm, against in ((arm, rival) for arm, steps in here.groupby("arm", sort=False).steps.first().items() if not arm.startswith("plain") for rival in as_long(here, arm, steps)):
             d = contrast(here, {"arm": arm}, {"arm": against}, scores)
             if d is None: continue
             seeds = len(set(select(here, arm=arm).seed) & set(select(here, arm=against).seed))
