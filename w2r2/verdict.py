@@ -66,9 +66,9 @@ def verdict(
         found.append(row)
     return pd.DataFrame(found, columns=[*CELL, "reference", "here", "allowed", "verdict", "note"])
 
-# %% ../nbs/63_verdict.ipynb #842f4da0
+# %% ../nbs/63_verdict.ipynb #370543a9
 DIALS = ["noise", "lam", "mu", "steps", "seeds"]      # numbers that name a row; every column of text does
-TRAINED = "diagnosis", "latent", "training"           # beginnings of names: tables of trained models
+TRAINED = "diagnosis", "differences", "latent", "training"    # beginnings of names: tables of trained models
 SKIPPED = ["latent_tsne.csv"]
 
 def read_table(
