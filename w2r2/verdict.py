@@ -66,19 +66,19 @@ def verdict(
         found.append(row)
     return pd.DataFrame(found, columns=[*CELL, "reference", "here", "allowed", "verdict", "note"])
 
-# %% ../nbs/63_verdict.ipynb #370543a9
+# %% ../nbs/63_verdict.ipynb #154b529f
 DIALS = ["noise", "lam", "mu", "steps", "seeds"]      # numbers that name a row; every column of text does
 TRAINED = "diagnosis", "differences", "latent", "training"    # beginnings of names: tables of trained models
 SKIPPED = ["latent_tsne.csv"]
 
 def read_table(
     path: str | Path,  # csv
-) -> pd.DataFrame:     # numbers; the index is a text that names the row, called "run" where rows are runs
+) -> pd.DataFrame:     # numbers; the index is a text that names the row, called "run" where rows are of runs, of which another set may have fewer
     "A table of a report; raises `ValueError` for two rows of the same name."
     wide = pd.read_csv(path, float_precision="round_trip")
     labels = [c for c in wide if c in DIALS or not pd.api.types.is_numeric_dtype(wide[c])]
     rows = [", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row if v == v) for row in wide[labels].itertuples(index=False)]
-    return wide.drop(columns=labels).set_index(pd.Index(rows, name="run" if "arm" in wide else "row"), verify_integrity=True)
+    return wide.drop(columns=labels).set_index(pd.Index(rows, name="run" if {"arm", "noise"} & {*wide} else "row"), verify_integrity=True)
 
 def table_verdict(
     path: Path,       # regenerated
