@@ -36,7 +36,7 @@ def against_plain(
             rows.append({"noise": noise, "where": where, "arm": arm, "against": against, "seeds": seeds, "value": 100 * d.value, "low": 100 * d.low, "high": 100 * d.high})
     return pd.DataFrame(rows, columns=["noise", "where", "arm", "against", "seeds", "value", "low", "high"])
 
-# %% ../nbs/65_findings.ipynb #4bb9d1f8
+# %% ../nbs/65_findings.ipynb #edd5bdeb
 @styled
 def forest(
     differences: pd.DataFrame,  # from `against_plain`, of one level of geometry noise
@@ -51,7 +51,7 @@ def forest(
         clear = ((part.low > 0) | (part.high < 0)).to_numpy()
         for chosen, face in ((clear, "black"), (~clear, "white")):
             axis.scatter(part.value[chosen], np.flatnonzero(chosen), s=18, facecolor=face, edgecolor="black", zorder=3)
-        axis.set(title=place, xlabel="difference [points]", yticks=range(len(arms)), yticklabels=arms)
+        axis.set(title=place, xlabel="difference [points]", yticks=range(len(arms)), yticklabels=arms, ylim=(-0.7, len(arms) - 0.3))
     return figure
 
 # %% ../nbs/65_findings.ipynb #32bd6b2d
