@@ -20,7 +20,7 @@ project, author, copyright = "W2R2", "The W2R2 developers", "2026, the W2R2 deve
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.linkcode"]
 root_doc = "nbs/contents"
 include_patterns = ["nbs/**", "reports/notebooks/*", "reports/tables/paper/claims.md", "reports/verdict.md"]
-exclude_patterns = [".*", "_docs", "build", "data", "w2r2", "tests", "nbs/pipeline/[1-9]*", "**/.ipynb_checkpoints"]
+exclude_patterns = [".*", "_docs", "build", "data", "w2r2", "tests", "nbs/pipeline", "**/.ipynb_checkpoints"]
 source_suffix = {".ipynb": "myst-nb", ".md": "myst-nb"}
 
 # Nothing is loaded from the network: MathJax and plotly come from their wheels.
