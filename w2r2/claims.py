@@ -8,7 +8,7 @@ __all__ = ['PAPER', 'REPRODUCED', 'NOT_REPRODUCED', 'CONTRADICTED', 'CONSISTENT'
            'quoted', 'blind_is_better', 'premise', 'drops', 'leads', 'figure_and_table', 'hinge_gradient', 'gradient',
            'hinge', 'compare', 'peak', 'audit']
 
-# %% ../nbs/60_claims.ipynb #2fd55e64
+# %% ../nbs/60_claims.ipynb #5f9f1ae5
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ import yaml
 import w2r2
 from .files import ScanNetError, regular_file
 from .geometry import box_iou
-from .results import contrast, select
+from .results import contrast, in_points, select
 from .statistics import Difference, wilson
 
 # %% ../nbs/60_claims.ipynb #55d6494b
@@ -198,7 +198,7 @@ def hinge(paper: dict) -> Finding:
     return Finding(NOT_TESTABLE, f"the margin mu = {mu} leaves alone every answer with IoU <= {mu}: at least {100 - highest:.1f} % ({100 - lowest:.1f} % for the lowest row) of the "
                    f"2D-only answers of Table 1, of which only {lowest} to {highest} % pass 0.5. The share that passes {mu} is not printed, and neither is that of the training data: an indication, of grounding only")
 
-# %% ../nbs/60_claims.ipynb #d35bd702
+# %% ../nbs/60_claims.ipynb #2bfa8608
 def _say(choice: dict) -> str:
     "A choice in words."
     return ", ".join(str(value) if name in ("arm", "metric") else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in choice.items())
@@ -237,9 +237,9 @@ def compare(
     if not np.isfinite(d.low): return Finding(PENDING, f"{what}: {100 * d.value:+.1f}, too few pairs for an interval; {sample}")
     held = d.low > 0 if expect == "greater" else d.high >= 0
     said = "" if held else " (the opposite)" if d.high < 0 else " (no difference beyond the interval)"
-    return Finding(REPRODUCED if held else NOT_REPRODUCED, f"{what}: {100 * d.value:+.1f} [{100 * d.low:.1f}, {100 * d.high:.1f}]{said}; {sample}")
+    return Finding(REPRODUCED if held else NOT_REPRODUCED, f"{what}: {in_points(d)}{said}; {sample}")
 
-# %% ../nbs/60_claims.ipynb #9d0104df
+# %% ../nbs/60_claims.ipynb #e692af93
 def peak(
     results: pd.DataFrame,
     choose: dict,           # one curve
@@ -259,7 +259,7 @@ def peak(
     said = f"{_say(choose)}: best at {dial} = {best:g} ({100 * means[best]:.1f}); the paper's {at:g} ({100 * means[at]:.1f}) minus {rival:g}"
     if not np.isfinite(d.low): return Finding(PENDING, f"{said}: too few seeds")
     held = best == at and all(other.low > 0 for other in others.values())
-    return Finding(REPRODUCED if held else NOT_REPRODUCED, f"{said}: {100 * d.value:+.1f} [{100 * d.low:.1f}, {100 * d.high:.1f}]" + (" (no difference beyond the interval)" if d.low <= 0 <= d.high else "")
+    return Finding(REPRODUCED if held else NOT_REPRODUCED, f"{said}: {in_points(d)}" + (" (no difference beyond the interval)" if d.low <= 0 <= d.high else "")
                    + f"; {_sample(chosen, {dial: at}, {dial: rival}, d)}")
 
 # %% ../nbs/60_claims.ipynb #e3e737e8

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CELL', 'COLUMNS', 'PAIRED', 'read_results', 'invented', 'cell_key', 'read_scores', 'select', 'ratio', 'interval',
-           'cells', 'contrast']
+           'cells', 'contrast', 'in_points']
 
 # %% ../nbs/59_results.ipynb #f634e27c
 import json
@@ -126,7 +126,7 @@ def cells(
         found.append({**rows.iloc[0][CELL], "n": int(rows.n.max()), "seeds": len(rows), "value": rows.value.mean(), "low": low, "high": high, "interval": over})
     return pd.DataFrame(found, columns=[*CELL, "n", "seeds", "value", "low", "high", "interval"])
 
-# %% ../nbs/59_results.ipynb #cdc2a645
+# %% ../nbs/59_results.ipynb #3b671e8c
 PAIRED = ["noise", "split", "task", "metric", "protocol", "proposals", "pass"]
 
 def contrast(
@@ -156,3 +156,7 @@ def contrast(
     if n < 3: return Difference(mean, np.nan, np.nan, n, np.nan)
     half = student.ppf(.975, n - 1) * spread / np.sqrt(n)
     return Difference(mean, mean - half, mean + half, n, float(2 * student.sf(abs(mean) / (spread / np.sqrt(n)), n - 1)) if spread else float(mean == 0))
+
+def in_points(d: Difference) -> str:
+    "A difference with its interval, times 100."
+    return f"{100 * d.value:+.1f} [{100 * d.low:.1f}, {100 * d.high:.1f}]"
