@@ -3,7 +3,7 @@ import os
 import time
 import tracemalloc
 
-from w2r2.files import ScanNetError
+from w2r2.scans.files import ScanNetError
 
 HUGE = [0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
 

@@ -6,7 +6,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from w2r2.captions import NO_JAVA, NGrams, bleu_score, bleu_sums, caption_scores, cider, has_java, meteor, ptb_tokenize, rouge_l
+from w2r2.metrics.captions import NO_JAVA, NGrams, bleu_score, bleu_sums, caption_scores, cider, has_java, meteor, ptb_tokenize, rouge_l
 
 CASES = golden("raw_scorers")["cases"]
 needs_java = pytest.mark.skipif(not has_java(), reason=NO_JAVA)

@@ -5,17 +5,17 @@ import numpy as np
 import pytest
 import torch
 
-from w2r2.answers import Bins
-from w2r2.backbone import build_tokenizer, tiny_config
-from w2r2.diagnose import attention_figure, attention_maps, displacements, following_slope, mirror_test, mirrored, passes
-from w2r2.encoders import Pointmap
-from w2r2.latent import latent_geometry, token_states, tsne
-from w2r2.model import FusedConfig, FusedVLM
-from w2r2.packing import Packer
-from w2r2.prepared import prepare_scan
-from w2r2.rooms import RECIPES
-from w2r2.scannet import Scan
-from w2r2.scenes import Collator
+from w2r2.tasks.answers import Bins
+from w2r2.model.backbone import build_tokenizer, tiny_config
+from w2r2.study.diagnose import attention_figure, attention_maps, displacements, following_slope, mirror_test, mirrored, passes
+from w2r2.model.encoders import Pointmap
+from w2r2.study.latent import latent_geometry, token_states, tsne
+from w2r2.model.fused import FusedConfig, FusedVLM
+from w2r2.model.packing import Packer
+from w2r2.scans.prepared import prepare_scan
+from w2r2.rooms.release import RECIPES
+from w2r2.scans.scan import Scan
+from w2r2.model.scenes import Collator
 
 SAMPLES = RECIPES.parent / "samples"
 NAMES = "scene9000_00", "scene9001_00", "scene9002_00"

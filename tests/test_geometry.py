@@ -9,8 +9,8 @@ from scipy.optimize import linprog
 from scipy.spatial import ConvexHull, HalfspaceIntersection
 from torch.nn.functional import pad
 
-from w2r2.cameras import transform_boxes
-from w2r2.geometry import (EPSILON, bounding_box, box_corners, box_iou, box_iou_oriented, box_iou_soft, euler_to_matrix,
+from w2r2.scans.cameras import transform_boxes
+from w2r2.scans.geometry import (EPSILON, bounding_box, box_corners, box_iou, box_iou_oriented, box_iou_soft, euler_to_matrix,
                            match_greedy, match_one_to_one)
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures/geometry.json").read_text())

@@ -1,4 +1,4 @@
-"""Descriptions judged by a second, plain checker: scalar geometry, no tables, no shared code with w2r2.relations."""
+"""Descriptions judged by a second, plain checker: scalar geometry, no tables, no shared code with w2r2.rooms.relations."""
 import math
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import yaml
 
-from w2r2.grammar import Grammar, parse, to_tokens
-from w2r2.language import ask, describe
-from w2r2.layout import generate
-from w2r2.shapes import load_catalogue
+from w2r2.rooms.grammar import Grammar, parse, to_tokens
+from w2r2.rooms.language import ask, describe
+from w2r2.rooms.layout import generate
+from w2r2.rooms.shapes import load_catalogue
 
 RECIPES = Path(__file__).parents[1] / "data" / "recipes"
 CATALOGUE = load_catalogue(RECIPES / "catalogue.yaml")

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from w2r2.layout import generate
-from w2r2.shapes import load_catalogue
+from w2r2.rooms.layout import generate
+from w2r2.rooms.shapes import load_catalogue
 
 CATALOGUE = Path(__file__).parents[1] / "data" / "recipes" / "catalogue.yaml"
 SCRIPT = """
 import hashlib, sys
-from w2r2.layout import generate
-from w2r2.shapes import load_catalogue
+from w2r2.rooms.layout import generate
+from w2r2.rooms.shapes import load_catalogue
 catalogue, state = load_catalogue(sys.argv[1]), hashlib.sha256()
 for number in range(10):
     scene = generate(number, {}, catalogue)

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 from golden import golden
 
-from w2r2.accuracy import unique_multiple
-from w2r2.captions import NO_JAVA, has_java, ptb_tokenize
-from w2r2.dense_captions import PROTOCOLS, benchmark_corpus, caption_corpus, object_key
-from w2r2.exact_match import clean_answer, leo_match
+from w2r2.metrics.accuracy import unique_multiple
+from w2r2.metrics.captions import NO_JAVA, has_java, ptb_tokenize
+from w2r2.metrics.dense_captions import PROTOCOLS, benchmark_corpus, caption_corpus, object_key
+from w2r2.metrics.exact_match import clean_answer, leo_match
 from w2r2.metrics import measures, scan2cap, scanqa, scanrefer
 
 needs_java = pytest.mark.skipif(not has_java(), reason=NO_JAVA)

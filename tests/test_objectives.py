@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from w2r2.alignment import Targets, adapted_cross_entropy, align, query_losses, similarity
-from w2r2.answers import Bins
-from w2r2.backbone import build_tokenizer, tiny_config
-from w2r2.geometry import box_iou, box_iou_soft
-from w2r2.interventions import displace
-from w2r2.model import INPUTS, FusedConfig, FusedVLM
-from w2r2.objectives import READINGS, deter, push, shortcut_pass
-from w2r2.packing import Packer
+from w2r2.method.alignment import Targets, adapted_cross_entropy, align, query_losses, similarity
+from w2r2.tasks.answers import Bins
+from w2r2.model.backbone import build_tokenizer, tiny_config
+from w2r2.scans.geometry import box_iou, box_iou_soft
+from w2r2.method.interventions import displace
+from w2r2.model.fused import INPUTS, FusedConfig, FusedVLM
+from w2r2.method.objectives import READINGS, deter, push, shortcut_pass
+from w2r2.model.packing import Packer
 
 BINS = Bins(count=40, width=(0.22, 0.22, 0.09, 0.06, 0.06, 0.06))
 WORDS = "red blue green chair table lamp near far".split()

@@ -7,9 +7,9 @@ import nbformat
 import pytest
 import yaml
 
-from w2r2.experiments import plan, sources
-from w2r2.objectives import READINGS
-from w2r2.trainer import W2R2Config
+from w2r2.study.experiments import plan, sources
+from w2r2.method.objectives import READINGS
+from w2r2.method.trainer import W2R2Config
 
 ROOT = Path(__file__).parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]

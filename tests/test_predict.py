@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from w2r2 import rooms
-from w2r2.answers import Bins
-from w2r2.backbone import build_tokenizer, tiny_config
+from w2r2.rooms import release as rooms
+from w2r2.tasks.answers import Bins
+from w2r2.model.backbone import build_tokenizer, tiny_config
 from w2r2.cli import main
-from w2r2.model import FusedConfig, FusedVLM
-from w2r2.packing import Packer
-from w2r2.predict import answer
+from w2r2.model.fused import FusedConfig, FusedVLM
+from w2r2.model.packing import Packer
+from w2r2.study.predict import answer
 
 SCENES = 120
 

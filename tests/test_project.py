@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
-from w2r2 import rooms
+from w2r2.rooms import release as rooms
 from w2r2.cli import main
-from w2r2.scannet import Scan, read_split
+from w2r2.scans.scan import Scan, read_split
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,7 +115,7 @@ def test_notebooks_merge_by_cell(tmp_path):
     git("init", "-q", "-b", "main")
     for name in (".gitconfig", ".gitattributes"): shutil.copy(ROOT / name, tmp_path)
     git("config", "--local", "include.path", "../.gitconfig")
-    page = json.loads((ROOT / "nbs/22_statistics.ipynb").read_text())
+    page = json.loads((ROOT / "nbs/metrics/00_statistics.ipynb").read_text())
     def with_outputs(notebook): return [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and cell["outputs"]]
     def commit(branch, output, place, words):
         if branch != "main": git("checkout", "-q", "-b", branch, "main")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from corruption import corrupt, guarded
-from w2r2.annotations import write_aggregation, write_segments
-from w2r2.scannet import (FrameFolder, Group, LabelTable, Mesh, Scan, export_frames, objects_of_vertices, read_split, vertex_objects, write_ply, write_scan,
+from w2r2.scans.annotations import write_aggregation, write_segments
+from w2r2.scans.scan import (FrameFolder, Group, LabelTable, Mesh, Scan, export_frames, objects_of_vertices, read_split, vertex_objects, write_ply, write_scan,
                           write_split)
 
 TURN = np.array([[0.8, -0.6, 0, 1.5], [0.6, 0.8, 0, -0.25], [0, 0, 1, 0.1], [0, 0, 0, 1]])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from golden import golden
 
-from w2r2.files import ScanNetError
-from w2r2.scoring import load_predictions, score
+from w2r2.scans.files import ScanNetError
+from w2r2.metrics.scoring import load_predictions, score
 
 
 def write(path, content):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import w2r2.sens
+import w2r2.scans.sens
 from corruption import corrupt, guarded
-from w2r2.frames import FrameFolder, export_frames
-from w2r2.sens import Sens, SensHeader, encode_frame, index_frames, pack_header, unpack_header, write_sens
+from w2r2.scans.frames import FrameFolder, export_frames
+from w2r2.scans.sens import Sens, SensHeader, encode_frame, index_frames, pack_header, unpack_header, write_sens
 
 FIXTURES = Path(__file__).parent / "fixtures" / "sens"   # made with the official reader, ScanNet 3830fce7
 
@@ -79,7 +79,7 @@ def sparse(tmp_path_factory):
     camera = np.diag([50.0, 50.0, 1, 1])
     header = SensHeader(camera, camera, (64, 48), (40, 30))
     full = encode_frame(header, np.full((48, 64, 3), 90, np.uint8), np.full((30, 40), 1500, np.uint16), np.eye(4))
-    record = np.zeros((), w2r2.sens._RECORD)
+    record = np.zeros((), w2r2.scans.sens._RECORD)
     record["pose"] = np.eye(4)
     with open(path, "wb") as file:
         file.write(pack_header(header, 2000))
@@ -106,7 +106,7 @@ def test_32_of_2000_frames_do_not_load_the_rest(sparse, monkeypatch):
     path, chosen = sparse
     decoded = []
     for name in ("decode_image", "decode_depth"):
-        monkeypatch.setattr(w2r2.sens, name, lambda *args, original=getattr(w2r2.sens, name): decoded.append(args[-1]) or original(*args))
+        monkeypatch.setattr(w2r2.scans.sens, name, lambda *args, original=getattr(w2r2.scans.sens, name): decoded.append(args[-1]) or original(*args))
     start = time.process_time()
     with Sens(path) as sens:
         opening = time.process_time() - start

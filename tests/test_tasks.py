@@ -7,12 +7,12 @@ import torch
 from golden import golden
 from scipy.spatial.transform import Rotation
 
-from w2r2.answers import Bins, NineNumbers, parse_all
-from w2r2.files import ScanNetError
-from w2r2.geometry import box_iou_oriented, euler_to_matrix, points_in_boxes
-from w2r2.proposals import propose, read_proposals
-from w2r2.tasks import read_scanqa, read_scanrefer
-from w2r2.views import coverage_views, projected_areas
+from w2r2.tasks.answers import Bins, NineNumbers, parse_all
+from w2r2.scans.files import ScanNetError
+from w2r2.scans.geometry import box_iou_oriented, euler_to_matrix, points_in_boxes
+from w2r2.tasks.proposals import propose, read_proposals
+from w2r2.tasks.samples import read_scanqa, read_scanrefer
+from w2r2.scans.views import coverage_views, projected_areas
 
 VG = golden("vg_transform")
 

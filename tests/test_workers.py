@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from w2r2.workers import Job, execute
+from w2r2.study.jobs import Job, execute
 
 WORK = """
 import os, time
@@ -43,7 +43,7 @@ def wait(condition, seconds=60):
 def test_worker_ends_with_its_program_and_the_job_goes_on(tmp_path, monkeypatch):
     setup(tmp_path, monkeypatch)
     folder = tmp_path / "long"
-    program = f"from pathlib import Path; from w2r2.workers import *; execute([Job('long', 'counted:count', {{'to': 60}}, Path({str(folder)!r}), 60)])"
+    program = f"from pathlib import Path; from w2r2.study.jobs import *; execute([Job('long', 'counted:count', {{'to': 60}}, Path({str(folder)!r}), 60)])"
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
     seen = folder / "seen"
     wait(lambda: seen.exists() and len(seen.read_text().splitlines()) > 3)

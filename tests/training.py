@@ -4,16 +4,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback
-from w2r2.answers import Bins
-from w2r2.backbone import build_tokenizer, tiny_config
-from w2r2.features import Features, Queries, encode, tokenise
-from w2r2.interventions import Interventions
-from w2r2.model import FusedConfig, FusedVLM
-from w2r2.packing import Packer
-from w2r2.prepared import prepare as prepare_views
-from w2r2.scenes import Collator, Scenes
-from w2r2.tasks import read_scanqa, read_scanrefer
-from w2r2.trainer import W2R2Config, W2R2Trainer, check_one_thread, last_checkpoint
+from w2r2.tasks.answers import Bins
+from w2r2.model.backbone import build_tokenizer, tiny_config
+from w2r2.model.features import Features, Queries, encode, tokenise
+from w2r2.method.interventions import Interventions
+from w2r2.model.fused import FusedConfig, FusedVLM
+from w2r2.model.packing import Packer
+from w2r2.scans.prepared import prepare as prepare_views
+from w2r2.model.scenes import Collator, Scenes
+from w2r2.tasks.samples import read_scanqa, read_scanrefer
+from w2r2.method.trainer import W2R2Config, W2R2Trainer, check_one_thread, last_checkpoint
 
 SAMPLES = Path(__file__).parents[1] / "data/samples"
 BINS = Bins(count=120, low=(-6.6, -1.1, -3.3, 0.0, 0.0, 0.0), width=(0.11, 0.11, 0.055, 0.04, 0.04, 0.04))
