@@ -1,4 +1,5 @@
 """Packaging read from settings.ini, the one place where the project is described."""
+
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """The site: executed notebooks as pages, with a reference out of their exported cells. Built from the root of the repository."""
+
 import ast
 import html
 import importlib.metadata
@@ -24,26 +25,30 @@ exclude_patterns = [".*", "_docs", "build", "data", "w2r2", "tests", "nbs/pipeli
 source_suffix = {".ipynb": "myst-nb", ".md": "myst-nb"}
 
 # Nothing is loaded from the network: MathJax and plotly come from their wheels.
-mathjax = next(file.locate() for file in importlib.metadata.files("sphinx-mathjax-offline") if file.name == "tex-svg-full.js")
+mathjax = next(
+    file.locate() for file in importlib.metadata.files("sphinx-mathjax-offline") if file.name == "tex-svg-full.js"
+)
 mathjax_path = mathjax.name
 html_static_path = ["_static", str(mathjax), str(Path(plotly.__file__).parent / "package_data" / "plotly.min.js")]
-html_extra_path = [str(path) for kind in ("*.html", "plotly.min.js") for path in sorted((REPORTS / "figures").rglob(kind))]
+html_extra_path = [
+    str(path) for kind in ("*.html", "plotly.min.js") for path in sorted((REPORTS / "figures").rglob(kind))
+]
 html_theme = "furo"
 html_title = "W2R2: where, not what"
 html_css_files = ["site.css"]
-html_copy_source = html_show_search_summary = False   # summaries need a server
+html_copy_source = html_show_search_summary = False  # summaries need a server
 templates_path = ["_templates"]
 html_additional_pages = {"index": "to_contents.html"}
 
 nb_execution_mode = "off"
-nb_render_markdown_format = "myst"    # tables in outputs, too
-nb_ipywidgets_js = {}                 # a progress bar needs no script from elsewhere
+nb_render_markdown_format = "myst"  # tables in outputs, too
+nb_ipywidgets_js = {}  # a progress bar needs no script from elsewhere
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header"]   # a table may start below level 1
-default_role = "py:obj"               # `name` in a docstring
+suppress_warnings = ["myst.header"]  # a table may start below level 1
+default_role = "py:obj"  # `name` in a docstring
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"            # types stand with the parameters
+autodoc_typehints = "none"  # types stand with the parameters
 autodoc_inherit_docstrings = False
 python_maximum_signature_line_length = 88
 
@@ -55,13 +60,20 @@ def cells(path: Path) -> list[tuple[dict, str, set[str]]]:
 
 
 def module_of(path: Path) -> str:
-    return next((found[1] for _, text, _ in cells(path) if (found := re.search(r"^#\| *default_exp +(\S+)", text, re.M))), "")
+    return next(
+        (found[1] for _, text, _ in cells(path) if (found := re.search(r"^#\| *default_exp +(\S+)", text, re.M))), ""
+    )
 
 
 def definitions(path: Path) -> dict[str, int]:
     "Number of the cell in which a notebook defines each of its exported names."
-    return {node.name: number for number, (_, text, directives) in enumerate(cells(path)) if "export" in directives
-            for node in ast.parse(text).body if hasattr(node, "name")}
+    return {
+        node.name: number
+        for number, (_, text, directives) in enumerate(cells(path))
+        if "export" in directives
+        for node in ast.parse(text).body
+        if hasattr(node, "name")
+    }
 
 
 LIBRARY = {module: path for path in sorted(ROOT.glob("nbs/[0-9]*.ipynb")) if (module := module_of(path))}
@@ -73,26 +85,38 @@ def plotly_output(figure: dict) -> str:
     "A figure for figures.js to draw."
     content = json.dumps(figure, separators=(",", ":")).replace("</", "<\\/")
     height = figure.get("layout", {}).get("height", 450)
-    return f'<div class="plotly-figure" style="height:{height}px"><script type="application/json">{content}</script></div>'
+    return (
+        f'<div class="plotly-figure" style="height:{height}px"><script type="application/json">{content}</script></div>'
+    )
 
 
 def page_of_audit(app, docname: str, source: list[str]) -> None:
     "A title."
-    if docname == "reports/tables/paper/claims": source[0] = f"# Claims of the paper\n\n{source[0]}"
+    if docname == "reports/tables/paper/claims":
+        source[0] = f"# Claims of the paper\n\n{source[0]}"
 
 
 def page_of_notebook(app, docname: str, source: list[str]) -> None:
     "Folds what `#| hide` marks, drops the directives, makes plotly figures drawable and adds the reference."
     path = ROOT / f"{docname}.ipynb"
-    if not path.is_file(): return
+    if not path.is_file():
+        return
     notebook = json.loads(source[0])
     for cell in notebook["cells"]:
-        if cell["cell_type"] != "code": continue
+        if cell["cell_type"] != "code":
+            continue
         text = "".join(cell["source"])
         directives = set(re.findall(r"^#\| *(\w+)", text, re.M))
         cell["source"] = re.sub(r"^#\|.*\n?", "", text, flags=re.M)
-        tags = [tag for tag, wanted in {"exported": "export" in directives, "hide-cell": "hide" in directives,
-                                        "remove-cell": not cell["source"].strip()}.items() if wanted]
+        tags = [
+            tag
+            for tag, wanted in {
+                "exported": "export" in directives,
+                "hide-cell": "hide" in directives,
+                "remove-cell": not cell["source"].strip(),
+            }.items()
+            if wanted
+        ]
         cell["metadata"]["tags"] = cell["metadata"].get("tags", []) + tags
         for output in cell["outputs"]:
             if figure := output.get("data", {}).get("application/vnd.plotly.v1+json"):
@@ -106,7 +130,8 @@ def page_of_notebook(app, docname: str, source: list[str]) -> None:
 def number_cells(app, doctree: nodes.document) -> None:
     "An address for every code cell: #cell-NUMBER."
     for cell in doctree.findall(nodes.container):
-        if cell.get("nb_element") == "cell_code": cell["ids"].append(f"cell-{cell['cell_index']}")
+        if cell.get("nb_element") == "cell_code":
+            cell["ids"].append(f"cell-{cell['cell_index']}")
 
 
 def scripts_of_page(app, pagename: str, templatename: str, context: dict, doctree) -> None:
@@ -125,19 +150,33 @@ def rst(text: str) -> str:
 def document_parameters(app, what: str, name: str, obj, options, lines: list[str]) -> None:
     "What stands beside the parameters in the source, as fields."
     lines[:] = [rst(line) for line in lines]
-    if what not in ("class", "function", "method"): return
+    if what not in ("class", "function", "method"):
+        return
     lines.append("")
     for parameter, about in docments(obj, full=True).items():
         text, kind = rst(" ".join((about.docment or "").split())), about.anno
-        named = "" if kind in (None, Parameter.empty) else getattr(kind, "__name__", None) if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-        if parameter == "self" or not (text or named): continue
+        named = (
+            ""
+            if kind in (None, Parameter.empty)
+            else getattr(kind, "__name__", None)
+            if isinstance(kind, type) and not hasattr(kind, "__args__")
+            else str(kind)
+        )
+        if parameter == "self" or not (text or named):
+            continue
         lines.append(f":returns: {text}" if parameter == "return" else f":param {parameter}: {text}")
-        if named: lines.append(f":rtype: {named}" if parameter == "return" else f":type {parameter}: {named}")
+        if named:
+            lines.append(f":rtype: {named}" if parameter == "return" else f":type {parameter}: {named}")
 
 
 def skip_imported(app, what: str, name: str, obj, skip: bool, options) -> bool | None:
     "A module documents what it defines, not what it passes on."
-    return True if getattr(obj, "__module__", "").startswith("w2r2.") and obj.__module__ != app.env.current_document.autodoc_module else None
+    return (
+        True
+        if getattr(obj, "__module__", "").startswith("w2r2.")
+        and obj.__module__ != app.env.current_document.autodoc_module
+        else None
+    )
 
 
 def linkcode_resolve(domain: str, info: dict) -> str | None:
@@ -149,25 +188,50 @@ def linkcode_resolve(domain: str, info: dict) -> str | None:
 def link_names(app, doctree: nodes.document, docname: str) -> None:
     "A `name` in the text leads to its reference, if only one module has it."
     objects = {}
-    for entry in app.env.get_domain("py").get_objects(): objects.setdefault(entry[0].split(".")[-1], []).append(entry)
+    for entry in app.env.get_domain("py").get_objects():
+        objects.setdefault(entry[0].split(".")[-1], []).append(entry)
     for literal in list(doctree.findall(nodes.literal)):
         found = objects.get(literal.astext(), [])
-        if len(found) != 1 or isinstance(literal.parent, (nodes.reference, nodes.title)): continue
+        if len(found) != 1 or isinstance(literal.parent, (nodes.reference, nodes.title)):
+            continue
         _, _, kind, target, anchor, _ = found[0]
-        literal.replace_self(nodes.reference("", "", literal.deepcopy(), internal=True,
-                                             refuri=app.builder.get_relative_uri(docname, target) + "#" + anchor))
+        literal.replace_self(
+            nodes.reference(
+                "",
+                "",
+                literal.deepcopy(),
+                internal=True,
+                refuri=app.builder.get_relative_uri(docname, target) + "#" + anchor,
+            )
+        )
 
 
 # ---- pages of results ---------------------------------------------------------------------------------------------------
 def origin(path: Path) -> str:
     "Link to the cell that made a file: in the notebook of the stage that declares it or its folder, the first cell that names either."
     for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values():
-        declared = [out if isinstance(out, str) else next(iter(out)) for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
+        declared = [
+            out if isinstance(out, str) else next(iter(out))
+            for kind in ("outs", "metrics", "plots")
+            for out in stage.get(kind, [])
+        ]
         notebook = next((ROOT / out for out in declared if out.endswith(".ipynb") and (ROOT / out).is_file()), None)
-        if notebook is None or not {path, *path.parents} & {ROOT / out for out in declared}: continue
-        code = [(number, text) for number, (cell, text, _) in enumerate(cells(notebook)) if cell["cell_type"] == "code" and not text.startswith("assert")]
-        named = [number for name in (path.name, f'"{path.stem}"', f'"{path.parent.name}"') for number, text in code if name in text]
-        return f'<a href="../reports/notebooks/{notebook.stem}.html{f"#cell-{named[0]}" if named else ""}">made here</a>'
+        if notebook is None or not {path, *path.parents} & {ROOT / out for out in declared}:
+            continue
+        code = [
+            (number, text)
+            for number, (cell, text, _) in enumerate(cells(notebook))
+            if cell["cell_type"] == "code" and not text.startswith("assert")
+        ]
+        named = [
+            number
+            for name in (path.name, f'"{path.stem}"', f'"{path.parent.name}"')
+            for number, text in code
+            if name in text
+        ]
+        return (
+            f'<a href="../reports/notebooks/{notebook.stem}.html{f"#cell-{named[0]}" if named else ""}">made here</a>'
+        )
     return ""
 
 
@@ -175,7 +239,8 @@ def files(folder: str, *kinds: str) -> dict[str, dict[str, Path]]:
     "Files below a folder of reports by place, without ending, then by ending."
     found = {}
     for path in sorted((REPORTS / folder).rglob("*")):
-        if path.suffix in kinds: found.setdefault(path.relative_to(REPORTS / folder).with_suffix("").as_posix(), {})[path.suffix] = path
+        if path.suffix in kinds:
+            found.setdefault(path.relative_to(REPORTS / folder).with_suffix("").as_posix(), {})[path.suffix] = path
     return found
 
 
@@ -185,16 +250,20 @@ def described(name: str, kinds: dict[str, Path], content: str) -> str:
     return f"### {name.rpartition('/')[2].replace('_', ' ').capitalize()}\n\n{content}\n\n{' · '.join(filter(None, [made, *downloads]))}\n\n"
 
 
-LONGEST_TABLE = 60   # rows shown; longer ones are there to download
+LONGEST_TABLE = 60  # rows shown; longer ones are there to download
 
 
 def tables() -> str:
     text = ""
     for name, kinds in files("tables", ".csv", ".md", ".tex").items():
-        if name == "paper/claims": continue
-        if ".md" in kinds: content = f"```{{include}} ../reports/tables/{name}.md\n:heading-offset: 3\n:relative-docs: ..\n```"
-        elif ".csv" in kinds and kinds[".csv"].read_text(encoding="utf-8").count("\n") <= LONGEST_TABLE: content = f"```{{csv-table}}\n:file: ../reports/tables/{name}.csv\n:header-rows: 1\n```"
-        else: content = ""
+        if name == "paper/claims":
+            continue
+        if ".md" in kinds:
+            content = f"```{{include}} ../reports/tables/{name}.md\n:heading-offset: 3\n:relative-docs: ..\n```"
+        elif ".csv" in kinds and kinds[".csv"].read_text(encoding="utf-8").count("\n") <= LONGEST_TABLE:
+            content = f"```{{csv-table}}\n:file: ../reports/tables/{name}.csv\n:header-rows: 1\n```"
+        else:
+            content = ""
         text += described(name, kinds, content)
     return text
 
@@ -203,30 +272,42 @@ def figures() -> str:
     text = ""
     for name, kinds in files("figures", ".svg", ".png", ".pdf", ".json", ".html").items():
         content = ""
-        if ".json" in kinds: content = plotly_output(json.loads(kinds[".json"].read_text(encoding="utf-8")))
-        elif image := kinds.get(".svg") or kinds.get(".png"): content = f"![{html.escape(name.replace('_', ' '))}](../{image.relative_to(ROOT).as_posix()})"
-        if page := kinds.pop(".html", None): content += f'\n\n<a href="../{page.name}">Open the interactive figure</a>'
+        if ".json" in kinds:
+            content = plotly_output(json.loads(kinds[".json"].read_text(encoding="utf-8")))
+        elif image := kinds.get(".svg") or kinds.get(".png"):
+            content = f"![{html.escape(name.replace('_', ' '))}](../{image.relative_to(ROOT).as_posix()})"
+        if page := kinds.pop(".html", None):
+            content += f'\n\n<a href="../{page.name}">Open the interactive figure</a>'
         text += described(name, kinds, content)
     return text
 
 
 def picture() -> str:
     overview = REPORTS / "figures" / "paper" / "fig2_overview.svg"
-    if overview.is_file(): return "![The framework: views pass through a 2D and a 3D encoder; the fused pass is trained to locate, the pass without 3D to fail](../reports/figures/paper/fig2_overview.svg)"
+    if overview.is_file():
+        return "![The framework: views pass through a 2D and a 3D encoder; the fused pass is trained to locate, the pass without 3D to fail](../reports/figures/paper/fig2_overview.svg)"
     return "![Six views of an embedded scene with the boxes of the described objects](../reports/figures/embedded_scene.png)"
 
 
 def audit() -> str:
-    if (REPORTS / "tables" / "paper" / "claims.md").is_file(): return "[the audit of its claims](../reports/tables/paper/claims.md)"
+    if (REPORTS / "tables" / "paper" / "claims.md").is_file():
+        return "[the audit of its claims](../reports/tables/paper/claims.md)"
     return "the audit of its claims, once `make repro` has made it"
 
 
 def verdict() -> str:
-    if (REPORTS / "verdict.md").is_file(): return "[the verdict](../reports/verdict.md) of the last rerun, number by number"
+    if (REPORTS / "verdict.md").is_file():
+        return "[the verdict](../reports/verdict.md) of the last rerun, number by number"
     return "the verdict that `make repro` ends with, once it has run here"
 
 
-myst_substitutions = {"audit": audit(), "verdict": verdict(), "picture": picture(), "tables": tables(), "figures": figures()}
+myst_substitutions = {
+    "audit": audit(),
+    "verdict": verdict(),
+    "picture": picture(),
+    "tables": tables(),
+    "figures": figures(),
+}
 
 
 def setup(app) -> dict:

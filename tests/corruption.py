@@ -1,4 +1,5 @@
 """Seeded damage to files, and a guard that lets only ScanNetError through."""
+
 import os
 import time
 import tracemalloc
@@ -15,20 +16,26 @@ def corrupt(data, rng, fields=()):
         for _ in range(rng.integers(1, 9)):
             data[rng.integers(len(data))] ^= 1 << rng.integers(8)
     elif kind == 1:
-        del data[rng.integers(len(data)):]
+        del data[rng.integers(len(data)) :]
     elif kind == 2:
         at = rng.integers(len(data) + 1)
         data[at:at] = rng.bytes(rng.integers(1, 65))
     else:
-        offset, width = fields[rng.integers(len(fields))] if len(fields) and rng.random() < 0.8 else (rng.integers(max(1, len(data) - 8)), 4)
+        offset, width = (
+            fields[rng.integers(len(fields))]
+            if len(fields) and rng.random() < 0.8
+            else (rng.integers(max(1, len(data) - 8)), 4)
+        )
         value = HUGE[rng.integers(len(HUGE))] if rng.random() < 0.8 else int(rng.integers(2**62))
-        data[offset:offset + width] = (value % 256**width).to_bytes(width, "little")
+        data[offset : offset + width] = (value % 256**width).to_bytes(width, "little")
     return bytes(data)
 
 
 def guarded(read, budget, seconds=2.0):
     """Whether `read()` succeeded; anything but success or ScanNetError, more than `budget` bytes or `seconds` of CPU time fails the test."""
-    for _ in range(2):   # the interpreter's own tables grow by megabytes now and then; what the reader needs, it needs again
+    for _ in range(
+        2
+    ):  # the interpreter's own tables grow by megabytes now and then; what the reader needs, it needs again
         tracemalloc.reset_peak()
         before, start = tracemalloc.get_traced_memory()[0], time.process_time()
         try:

@@ -1,4 +1,5 @@
 """Figures of the published evaluators on synthetic inputs, kept in tests/fixtures."""
+
 import gzip
 import json
 from pathlib import Path

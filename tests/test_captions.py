@@ -1,4 +1,5 @@
 """Caption scores against the published scorers: recorded figures, and the COCO code itself on random corpora."""
+
 import numpy as np
 import pytest
 from golden import golden
@@ -6,7 +7,18 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from w2r2.metrics.captions import NO_JAVA, NGrams, bleu_score, bleu_sums, caption_scores, cider, has_java, meteor, ptb_tokenize, rouge_l
+from w2r2.metrics.captions import (
+    NO_JAVA,
+    NGrams,
+    bleu_score,
+    bleu_sums,
+    caption_scores,
+    cider,
+    has_java,
+    meteor,
+    ptb_tokenize,
+    rouge_l,
+)
 
 CASES = golden("raw_scorers")["cases"]
 needs_java = pytest.mark.skipif(not has_java(), reason=NO_JAVA)
@@ -50,7 +62,9 @@ def test_random_corpora(seed):
     np.testing.assert_allclose(bleu_score(bleu_sums(grams).sum(0)), corpus, rtol=0, atol=1e-9)
     np.testing.assert_allclose(bleu_score(bleu_sums(grams)).T, items, rtol=0, atol=1e-9)
     np.testing.assert_allclose(cider(grams), Cider().compute_score(references, candidates)[1], rtol=0, atol=1e-9)
-    np.testing.assert_allclose(rouge_l(references, candidates), Rouge().compute_score(references, candidates)[1], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        rouge_l(references, candidates), Rouge().compute_score(references, candidates)[1], rtol=0, atol=1e-9
+    )
 
 
 @needs_java

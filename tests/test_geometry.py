@@ -1,4 +1,5 @@
 """Parity of boxes and overlaps with published evaluators (fixtures/geometry.json), and fuzzing against SciPy."""
+
 import json
 from pathlib import Path
 
@@ -10,12 +11,33 @@ from scipy.spatial import ConvexHull, HalfspaceIntersection
 from torch.nn.functional import pad
 
 from w2r2.scans.cameras import transform_boxes
-from w2r2.scans.geometry import (EPSILON, bounding_box, box_corners, box_iou, box_iou_oriented, box_iou_soft, euler_to_matrix,
-                           match_greedy, match_one_to_one)
+from w2r2.scans.geometry import (
+    EPSILON,
+    bounding_box,
+    box_corners,
+    box_iou,
+    box_iou_oriented,
+    box_iou_soft,
+    euler_to_matrix,
+    match_greedy,
+    match_one_to_one,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures/geometry.json").read_text())
-KINDS = {"random", "near", "identical", "contained", "face_touch", "edge_touch", "corner_touch", "disjoint", "flat_one",
-         "flat_both", "threshold", "tiny"}
+KINDS = {
+    "random",
+    "near",
+    "identical",
+    "contained",
+    "face_touch",
+    "edge_touch",
+    "corner_touch",
+    "disjoint",
+    "flat_one",
+    "flat_both",
+    "threshold",
+    "tiny",
+}
 
 
 def column(rows, key):
@@ -30,7 +52,12 @@ def halfspaces(box):
 def halfspace_iou(a, b):
     "IoU of two oriented boxes by SciPy's half-space intersection: nothing in common with the code under test."
     planes = np.concatenate([halfspaces(a), halfspaces(b)])
-    deepest = linprog([0, 0, 0, -1], A_ub=np.c_[planes[:, :3], np.ones(12)], b_ub=-planes[:, 3], bounds=[(None, None)] * 3 + [(0, None)])
+    deepest = linprog(
+        [0, 0, 0, -1],
+        A_ub=np.c_[planes[:, :3], np.ones(12)],
+        b_ub=-planes[:, 3],
+        bounds=[(None, None)] * 3 + [(0, None)],
+    )
     if deepest.status != 0 or deepest.x[3] < 1e-9:
         return 0.0
     shared = ConvexHull(HalfspaceIntersection(planes, deepest.x[:3]).intersections).volume
@@ -38,7 +65,11 @@ def halfspace_iou(a, b):
 
 
 def random_boxes(rng, n, spread=0.4):
-    return torch.from_numpy(np.concatenate([rng.normal(0, spread, (n, 3)), rng.uniform(0.1, 1.5, (n, 3)), rng.uniform(-np.pi, np.pi, (n, 3))], 1))
+    return torch.from_numpy(
+        np.concatenate(
+            [rng.normal(0, spread, (n, 3)), rng.uniform(0.1, 1.5, (n, 3)), rng.uniform(-np.pi, np.pi, (n, 3))], 1
+        )
+    )
 
 
 def test_corner_order():
@@ -70,14 +101,30 @@ def test_aligned_iou_in_float32_from_corners():
 
 def test_oriented_iou_is_exact():
     rows = GOLDEN["oriented"]
-    assert {row["kind"] for row in rows} == {"random", "near", "yaw_only", "axis_aligned", "disjoint", "identical", "near_aligned"}
+    assert {row["kind"] for row in rows} == {
+        "random",
+        "near",
+        "yaw_only",
+        "axis_aligned",
+        "disjoint",
+        "identical",
+        "near_aligned",
+    }
     a, b, exact = (column(rows, key) for key in ("a", "b", "exact_iou"))
     assert (box_iou_oriented(a, b) - exact).abs().max() < 1e-12
     assert (box_iou_oriented(a.float(), b.float()).double() - exact).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize("name, size", [("flat", [1, 1, 0]), ("thin_1e-3", [1, 1, 1e-3]), ("thin_1e-4", [1, 1, 1e-4]),
-                                        ("small_0.01", [0.01] * 3), ("small_0.02", [0.02] * 3)])
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("flat", [1, 1, 0]),
+        ("thin_1e-3", [1, 1, 1e-3]),
+        ("thin_1e-4", [1, 1, 1e-4]),
+        ("small_0.01", [0.01] * 3),
+        ("small_0.02", [0.02] * 3),
+    ],
+)
 def test_boxes_that_vgllm_refuses(name, size):
     box = torch.tensor([0, 0, 0, *size, 0, 0, 0], dtype=torch.float64)
     published = GOLDEN["self_iou_vgllm"][name]
@@ -87,7 +134,9 @@ def test_boxes_that_vgllm_refuses(name, size):
 
 def test_vgllm_transform():
     for row in GOLDEN["transforms"]:
-        box, transform, expected = (torch.tensor(row[key], dtype=torch.float64) for key in ("box", "extrinsic", "scipy_lower_zxy"))
+        box, transform, expected = (
+            torch.tensor(row[key], dtype=torch.float64) for key in ("box", "extrinsic", "scipy_lower_zxy")
+        )
         assert torch.allclose(transform_boxes(transform, box, "zxy"), expected, atol=1e-9)
 
 
@@ -105,7 +154,10 @@ def test_oriented_iou_against_halfspaces():
 def test_coplanar_faces_at_every_scale_of_noise(noise):
     "Boxes on a grid share faces, edges and corners; turned together and disturbed, they must keep the axis-aligned IoU."
     rng = np.random.default_rng(1)
-    grid = [torch.from_numpy(np.concatenate([rng.integers(-1, 2, (2000, 3)) / 2, rng.integers(1, 4, (2000, 3)) / 2], 1)) for _ in "ab"]
+    grid = [
+        torch.from_numpy(np.concatenate([rng.integers(-1, 2, (2000, 3)) / 2, rng.integers(1, 4, (2000, 3)) / 2], 1))
+        for _ in "ab"
+    ]
     angles = torch.from_numpy(rng.uniform(-np.pi, np.pi, (2000, 3)))
     angles[:500] = 0
     rotation = euler_to_matrix(angles)
@@ -147,7 +199,9 @@ def test_random_sizes_of_any_sign_stay_in_range():
     empty = ((a[:, 3:6] <= 0) | (b[:, 3:6] <= 0)).any(-1)
     for iou in box_iou_oriented(a, b), box_iou(a[:, :6], b[:, :6]):
         assert ((0 <= iou) & (iou <= 1)).all() and (iou[empty] == 0).all() and (iou[~empty] > 0).any()
-    assert torch.allclose(box_iou_oriented(*(pad(x[:, :6], (0, 3)) for x in (a, b))), box_iou(a[:, :6], b[:, :6]), atol=1e-6)
+    assert torch.allclose(
+        box_iou_oriented(*(pad(x[:, :6], (0, 3)) for x in (a, b))), box_iou(a[:, :6], b[:, :6]), atol=1e-6
+    )
 
 
 def test_gradients_survive_degenerate_pairs():
@@ -156,7 +210,11 @@ def test_gradients_survive_degenerate_pairs():
     b[:50] = a[:50]
     b[50:100, 3:6] = 0
     a[100:120, 3:6] *= -1
-    for boxes, function in ((a, b), box_iou_oriented), ((a[:, :6], b[:, :6]), box_iou), ((a[:, :6], b[:, :6]), box_iou_soft):
+    for boxes, function in (
+        ((a, b), box_iou_oriented),
+        ((a[:, :6], b[:, :6]), box_iou),
+        ((a[:, :6], b[:, :6]), box_iou_soft),
+    ):
         boxes = [x.clone().requires_grad_() for x in boxes]
         for slope in torch.autograd.grad(function(*boxes).sum(), boxes):
             assert slope.isfinite().all()

@@ -1,4 +1,5 @@
 """dvc.yaml, params.yaml and the notebooks of the pipeline belong together."""
+
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -7,14 +8,18 @@ import nbformat
 import pytest
 import yaml
 
-from w2r2.study.experiments import plan, sources
 from w2r2.method.objectives import READINGS
 from w2r2.method.trainer import W2R2Config
+from w2r2.study.experiments import plan, sources
 
 ROOT = Path(__file__).parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PARAMS = {name: yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) for name in ("params.yaml", "params.ci.yaml")}
-IN_WORKERS = {"diagnose": ["finetuning"], "train": ["finetuning"], "evaluate": ["evaluation"]}    # named in jobs, not imported
+IN_WORKERS = {
+    "diagnose": ["finetuning"],
+    "train": ["finetuning"],
+    "evaluate": ["evaluation"],
+}  # named in jobs, not imported
 
 
 def notebook(stage):
@@ -23,7 +28,8 @@ def notebook(stage):
 
 
 def value(params, name):
-    for key in name.split("."): params = params[key]
+    for key in name.split("."):
+        params = params[key]
     return params
 
 
@@ -32,16 +38,21 @@ def test_stage_depends_on_every_module_it_uses(stage):
     code = "\n".join(cell.source for cell in notebook(stage).cells if cell.cell_type == "code")
     imported = re.findall(r"^from w2r2\.(\w+) import", code, re.M) + re.findall(r"^from w2r2 import (\w+)$", code, re.M)
     needed = {f"w2r2/{path.name}" for path in sources(*imported, *IN_WORKERS.get(stage, []))}
-    assert needed <= set(STAGES[stage]["deps"]), f"add to the deps of {stage}: {sorted(needed - set(STAGES[stage]['deps']))}"
+    assert needed <= set(STAGES[stage]["deps"]), (
+        f"add to the deps of {stage}: {sorted(needed - set(STAGES[stage]['deps']))}"
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("file", PARAMS)
 def test_stage_names_parameters_that_exist(stage, file):
     used = re.findall(r"\$\{(\w+\.\w+)\}", STAGES[stage]["cmd"])
-    for name in [*used, *STAGES[stage].get("params", [])]: value(PARAMS[file], name)
+    for name in [*used, *STAGES[stage].get("params", [])]:
+        value(PARAMS[file], name)
     tracked = set(STAGES[stage].get("params", []))
-    assert {name for name in used if not name.endswith(".workers")} <= tracked | {name for name in used if name.split(".")[0] in tracked}
+    assert {name for name in used if not name.endswith(".workers")} <= tracked | {
+        name for name in used if name.split(".")[0] in tracked
+    }
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -53,7 +64,10 @@ def test_stage_passes_parameters_that_the_notebook_declares(stage):
 
 @pytest.mark.parametrize("file", PARAMS)
 def test_every_set_can_be_planned(file):
-    params, known = PARAMS[file], {field.name for field in fields(W2R2Config)} | {"steps", "times", "per_task", "fusion", "zero"}
+    params, known = (
+        PARAMS[file],
+        {field.name for field in fields(W2R2Config)} | {"steps", "times", "per_task", "fusion", "zero"},
+    )
     for name in params["train"]["sets"]:
         runs = plan(params | {"train": params["train"] | {"set": name}})
         assert {"plain", "direct"} <= {run.arm for run in runs}
@@ -63,7 +77,9 @@ def test_every_set_can_be_planned(file):
 
 def test_miniature_is_the_same_pipeline():
     full, small = PARAMS.values()
-    assert {name: set(section) for name, section in full.items()} == {name: set(section) for name, section in small.items()}
+    assert {name: set(section) for name, section in full.items()} == {
+        name: set(section) for name, section in small.items()
+    }
 
 
 def test_plain_fine_tuning_depends_on_every_dial_but_those_of_eq_6():

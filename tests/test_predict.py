@@ -1,4 +1,5 @@
 """Decoding at size: 1,400 queries on one thread, and the same answers in batches as one scene at a time."""
+
 import json
 import time
 
@@ -6,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from w2r2.rooms import release as rooms
-from w2r2.tasks.answers import Bins
-from w2r2.model.backbone import build_tokenizer, tiny_config
 from w2r2.cli import main
+from w2r2.model.backbone import build_tokenizer, tiny_config
 from w2r2.model.fused import FusedConfig, FusedVLM
 from w2r2.model.packing import Packer
+from w2r2.rooms import release as rooms
 from w2r2.study.predict import answer
+from w2r2.tasks.answers import Bins
 
 SCENES = 120
 
@@ -20,12 +21,18 @@ SCENES = 120
 @pytest.fixture(scope="module")
 def setting():
     "An untrained model of full size, and scenes with random features and as many descriptions as the validation split has."
-    records = json.loads((rooms.RECIPES.parent / "samples" / "scanrefer" / "ScanRefer_filtered_samples.json").read_text())
+    records = json.loads(
+        (rooms.RECIPES.parent / "samples" / "scanrefer" / "ScanRefer_filtered_samples.json").read_text()
+    )
     bins = Bins(count=160, width=(0.055, 0.055, 0.0225, 0.015, 0.015, 0.015))
     tokenizer = build_tokenizer((record["description"] for record in records), bins)
     packer = Packer.of(tokenizer, bins)
-    config = FusedConfig(vlm_config=tiny_config(tokenizer), embedding_additions=True, answer_token_id=packer.opening[0],
-                         first_bin=packer.first_bin)
+    config = FusedConfig(
+        vlm_config=tiny_config(tokenizer),
+        embedding_additions=True,
+        answer_token_id=packer.opening[0],
+        first_bin=packer.first_bin,
+    )
     torch.manual_seed(0)
     model = FusedVLM(config).eval()
     rng = np.random.default_rng(0)
@@ -34,11 +41,20 @@ def setting():
     scenes = []
     for _ in range(SCENES):
         chosen = rng.choice(len(prompts), rng.integers(10, 15), replace=False)
-        queries = [{"task": 0, "prompt": prompts[i], "answer": None, "view": -1, "box": missing, "number": int(i)} for i in chosen]
-        scenes.append({"f2d": torch.as_tensor(rng.standard_normal((288, 64)), dtype=torch.float32),
-                       "geometry": torch.as_tensor(rng.standard_normal((288, 16)), dtype=torch.float32),
-                       "poses": torch.eye(4, dtype=torch.float64).repeat(6, 1, 1),
-                       "visual_index": torch.as_tensor(np.sort(rng.permutation(288)[:96])), "queries": queries, "index": 0})
+        queries = [
+            {"task": 0, "prompt": prompts[i], "answer": None, "view": -1, "box": missing, "number": int(i)}
+            for i in chosen
+        ]
+        scenes.append(
+            {
+                "f2d": torch.as_tensor(rng.standard_normal((288, 64)), dtype=torch.float32),
+                "geometry": torch.as_tensor(rng.standard_normal((288, 16)), dtype=torch.float32),
+                "poses": torch.eye(4, dtype=torch.float64).repeat(6, 1, 1),
+                "visual_index": torch.as_tensor(np.sort(rng.permutation(288)[:96])),
+                "queries": queries,
+                "index": 0,
+            }
+        )
     return model, scenes, packer, tokenizer
 
 
@@ -67,9 +83,14 @@ def test_batches_and_order_change_nothing(setting):
     assert len(set(together.texts)) > 20, "an untrained model should still not say the same to everything"
 
 
-@pytest.mark.parametrize("command", [("ground", "scene9000_00", "the black couch", "a red armchair", "--refined"),
-                                     ("ask", "scene9001_00", "how many chairs are there?", "what color is the door?"),
-                                     ("describe", "scene9002_00", "--object", "8", "--object", "9")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ground", "scene9000_00", "the black couch", "a red armchair", "--refined"),
+        ("ask", "scene9001_00", "how many chairs are there?", "what color is the door?"),
+        ("describe", "scene9002_00", "--object", "8", "--object", "9"),
+    ],
+)
 def test_the_model_that_comes_along_answers_in_json(command, capsys):
     assert main([*command, "--json"]) == 0
     answers = json.loads(capsys.readouterr().out)

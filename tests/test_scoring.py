@@ -1,4 +1,5 @@
 """The scoring front end: recorded files through the command's path, and files that are broken in every way."""
+
 import copy
 import json
 import time
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 from golden import golden
 
-from w2r2.scans.files import ScanNetError
 from w2r2.metrics.scoring import load_predictions, score
+from w2r2.scans.files import ScanNetError
 
 
 def write(path, content):
@@ -19,19 +20,59 @@ def write(path, content):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """One file for every format, and the annotations that go with it."""
-    folder, data, qa, peers = tmp_path_factory.mktemp("files"), golden("scanrefer_acc"), golden("scanqa_official"), golden("scanqa_peers")
+    folder, data, qa, peers = (
+        tmp_path_factory.mktemp("files"),
+        golden("scanrefer_acc"),
+        golden("scanqa_official"),
+        golden("scanqa_peers"),
+    )
     bench = golden("scan2cap_bench")
     box = [[0.0, 0, 0, 1, 1, 1], [0.5, 0, 0, 1, 1, 1]]
-    captions = {key: {"caption": row["caption"], "iou": row["iou"]} for key, row in golden("scan2cap_orig")["predictions"].items()}
-    return {name: (benchmark, protocol, write(folder / name, content), truth and write(folder / f"truth_{name[:4]}.json", truth)) for name, benchmark, protocol, content, truth in (
-        ("boxes.json", "scanrefer", "scanrefer", data["pred"], data["gt"]),
-        ("rows.jsonl", "scanrefer", "video3dllm", [{"pred_response": box[i % 2], "gt_response": box[0], "question_type": "unique"} for i in range(20)], None),
-        ("captions.json", "scan2cap", "scan2cap", captions, golden("scan2cap_orig")["annotations"]),
-        ("listed.json", "scan2cap", "scan2cap_benchmark", bench["pred"], bench["gt"]),
-        ("ten.json", "scanqa", "scanqa", qa["pred"], qa["gold"]),
-        ("answers.jsonl", "scanqa", "video3dllm", [{"question_id": record["question_id"], "pred_response": text} for record, text in zip(peers["gold"], peers["text"])], peers["gold"]),
-        ("leo.json", "scanqa", "leo", [{"scene_id": record["scene_id"], "response_pred": text, "response_gt": record["answers"]} for record, text in zip(peers["gold"], peers["text"])], None),
-    )}
+    captions = {
+        key: {"caption": row["caption"], "iou": row["iou"]}
+        for key, row in golden("scan2cap_orig")["predictions"].items()
+    }
+    return {
+        name: (
+            benchmark,
+            protocol,
+            write(folder / name, content),
+            truth and write(folder / f"truth_{name[:4]}.json", truth),
+        )
+        for name, benchmark, protocol, content, truth in (
+            ("boxes.json", "scanrefer", "scanrefer", data["pred"], data["gt"]),
+            (
+                "rows.jsonl",
+                "scanrefer",
+                "video3dllm",
+                [{"pred_response": box[i % 2], "gt_response": box[0], "question_type": "unique"} for i in range(20)],
+                None,
+            ),
+            ("captions.json", "scan2cap", "scan2cap", captions, golden("scan2cap_orig")["annotations"]),
+            ("listed.json", "scan2cap", "scan2cap_benchmark", bench["pred"], bench["gt"]),
+            ("ten.json", "scanqa", "scanqa", qa["pred"], qa["gold"]),
+            (
+                "answers.jsonl",
+                "scanqa",
+                "video3dllm",
+                [
+                    {"question_id": record["question_id"], "pred_response": text}
+                    for record, text in zip(peers["gold"], peers["text"])
+                ],
+                peers["gold"],
+            ),
+            (
+                "leo.json",
+                "scanqa",
+                "leo",
+                [
+                    {"scene_id": record["scene_id"], "response_pred": text, "response_gt": record["answers"]}
+                    for record, text in zip(peers["gold"], peers["text"])
+                ],
+                None,
+            ),
+        )
+    }
 
 
 def figures(files, name, **options):
@@ -46,8 +87,12 @@ def test_recorded_figures(files):
     report = golden("scanrefer_acc")["report"]["scores"]
     assert figures(files, "boxes.json")["Acc@0.25 unique"] == report["unique|overall|acc@0.25iou"]
     assert figures(files, "rows.jsonl")["Acc@0.5 unique"] == 0.5
-    assert figures(files, "captions.json")["CIDEr"] == pytest.approx(golden("scan2cap_orig")["scores"]["0.5"]["cider"], abs=1e-9)
-    assert figures(files, "listed.json", k=0.25)["F1 CIDEr"] == pytest.approx(golden("scan2cap_bench")["results"]["0.25"]["f1-score"]["cider"], abs=1e-6)
+    assert figures(files, "captions.json")["CIDEr"] == pytest.approx(
+        golden("scan2cap_orig")["scores"]["0.5"]["cider"], abs=1e-9
+    )
+    assert figures(files, "listed.json", k=0.25)["F1 CIDEr"] == pytest.approx(
+        golden("scan2cap_bench")["results"]["0.25"]["f1-score"]["cider"], abs=1e-6
+    )
     assert figures(files, "ten.json")["EM@10"] == golden("scanqa_official")["percent"]["Top10 (EM)"]
     assert figures(files, "answers.jsonl")["EM"] == golden("scanqa_peers")["video3dllm"]["em"]
     assert figures(files, "leo.json")["refined EM"] == golden("scanqa_peers")["leo"]["em_refined"]
@@ -55,10 +100,16 @@ def test_recorded_figures(files):
 
 def test_remarks_name_what_does_not_meet(files):
     benchmark, protocol, path, truth = files["boxes.json"]
-    assert score([path], benchmark, protocol, truth, resamples=10).remarks[0].startswith("7 predictions have no annotation")
+    assert (
+        score([path], benchmark, protocol, truth, resamples=10)
+        .remarks[0]
+        .startswith("7 predictions have no annotation")
+    )
 
 
-@pytest.mark.parametrize("name", ["boxes.json", "rows.jsonl", "captions.json", "listed.json", "ten.json", "answers.jsonl", "leo.json"])
+@pytest.mark.parametrize(
+    "name", ["boxes.json", "rows.jsonl", "captions.json", "listed.json", "ten.json", "answers.jsonl", "leo.json"]
+)
 def test_broken_files_give_one_clear_error(files, name, tmp_path):
     """A record changed anywhere is either still valid or refused with the file named; nothing else is raised."""
     benchmark, protocol, path, _ = files[name]
@@ -69,7 +120,7 @@ def test_broken_files_give_one_clear_error(files, name, tmp_path):
     else:
         content = {key: content[key][:2] if name == "listed.json" else content[key] for key in list(content)[:3]}
     rng, refused = np.random.default_rng(0), 0
-    junk = [None, True, -1, 10 ** 400, "x", [], {}, [[]], ["a"], 1e300, {"a": 1}, [1, 2, 3, 4, 5, 6, 7], "", "\ud800"]
+    junk = [None, True, -1, 10**400, "x", [], {}, [[]], ["a"], 1e300, {"a": 1}, [1, 2, 3, 4, 5, 6, 7], "", "\ud800"]
     for _ in range(150):
         broken = copy.deepcopy(content)
         node, key = broken, None
@@ -77,7 +128,10 @@ def test_broken_files_give_one_clear_error(files, name, tmp_path):
             inner = node if key is None else node[key]
             if not isinstance(inner, (list, dict)) or not inner:
                 break
-            node, key = inner, list(inner)[rng.integers(len(inner))] if isinstance(inner, dict) else int(rng.integers(len(inner)))
+            node, key = (
+                inner,
+                list(inner)[rng.integers(len(inner))] if isinstance(inner, dict) else int(rng.integers(len(inner))),
+            )
         if isinstance(node, dict) and rng.random() < 0.4:
             del node[key]
         else:
@@ -103,7 +157,17 @@ def test_cut_files(files, name, tmp_path):
 
 def test_ten_thousand_records_in_seconds(files, tmp_path):
     rng = np.random.default_rng(0)
-    truth = [{"scene_id": f"scene{i % 141:04}_00", "object_id": str(i), "ann_id": "0", "bbox": [0, 0, 0, 1, 1, 1], "unique_multiple": i % 2, "others": 0} for i in range(9508)]
+    truth = [
+        {
+            "scene_id": f"scene{i % 141:04}_00",
+            "object_id": str(i),
+            "ann_id": "0",
+            "bbox": [0, 0, 0, 1, 1, 1],
+            "unique_multiple": i % 2,
+            "others": 0,
+        }
+        for i in range(9508)
+    ]
     boxes = [record | {"bbox": [*rng.normal(0, 0.3, 3), 1, 1, 1]} for record in truth]
     paths = write(tmp_path / "boxes.json", boxes), write(tmp_path / "truth.json", truth)
     start = time.process_time()

@@ -1,4 +1,5 @@
 """The .sens reader and writer against the official reader's output, on a large sparse file, and on damaged files."""
+
 import hashlib
 import io
 import json
@@ -11,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corruption import corrupt, guarded
 from PIL import Image
 
 import w2r2.scans.sens
-from corruption import corrupt, guarded
 from w2r2.scans.frames import FrameFolder, export_frames
 from w2r2.scans.sens import Sens, SensHeader, encode_frame, index_frames, pack_header, unpack_header, write_sens
 
-FIXTURES = Path(__file__).parent / "fixtures" / "sens"   # made with the official reader, ScanNet 3830fce7
+FIXTURES = Path(__file__).parent / "fixtures" / "sens"  # made with the official reader, ScanNet 3830fce7
 
 
 def sha256(data):
@@ -32,7 +33,11 @@ def test_reads_what_the_official_reader_reads():
         header = sens.header
         assert len(sens) == expected["num_frames"] == len(official["frames"])
         assert (header.sensor_name, header.color_compression, header.depth_compression, header.depth_shift) == (
-            expected["sensor_name"], expected["color_compression"], expected["depth_compression"], expected["depth_shift"])
+            expected["sensor_name"],
+            expected["color_compression"],
+            expected["depth_compression"],
+            expected["depth_shift"],
+        )
         assert [list(header.color_size), list(header.depth_size)] == [expected["color_wh"], expected["depth_wh"]]
         for name in ("intrinsic_color", "extrinsic_color", "intrinsic_depth", "extrinsic_depth"):
             np.testing.assert_array_equal(getattr(header, name), expected[name])
@@ -42,7 +47,10 @@ def test_reads_what_the_official_reader_reads():
             assert frame.timestamps == (record["timestamp_color"], record["timestamp_depth"])
             assert (len(frame.color_bytes), len(frame.depth_bytes)) == (record["color_bytes"], record["depth_bytes"])
             assert sha256(frame.color_bytes) == record["jpeg_sha256"]
-            assert frame.color.shape == tuple(record["rgb_shape"]) and sha256(frame.color.tobytes()) == record["rgb_sha256"]
+            assert (
+                frame.color.shape == tuple(record["rgb_shape"])
+                and sha256(frame.color.tobytes()) == record["rgb_sha256"]
+            )
             assert sha256(frame.depth.astype("<u2").tobytes()) == record["depth_sha256_le_u16"]
         assert sens.lost == 1 and sens.valid.tolist() == [0, 1, 3, 4]
 
@@ -64,7 +72,7 @@ def test_exports_what_the_official_reader_exports(tmp_path):
                 assert path.read_text() == expected["text"] and sha256(path.read_bytes()) == expected["sha256"]
             elif name.startswith("depth"):
                 assert sha256(np.array(Image.open(path)).astype("<u2").tobytes()) == expected["pixels_sha256_le_u16"]
-            else:   # the official reader encodes the jpeg again; we keep the recorded one
+            else:  # the official reader encodes the jpeg again; we keep the recorded one
                 assert path.read_bytes() == sens[int(path.stem)].color_bytes
         folder = FrameFolder(tmp_path)
         assert folder.lost == sens.lost and folder.valid.tolist() == sens.valid.tolist()
@@ -106,7 +114,11 @@ def test_32_of_2000_frames_do_not_load_the_rest(sparse, monkeypatch):
     path, chosen = sparse
     decoded = []
     for name in ("decode_image", "decode_depth"):
-        monkeypatch.setattr(w2r2.scans.sens, name, lambda *args, original=getattr(w2r2.scans.sens, name): decoded.append(args[-1]) or original(*args))
+        monkeypatch.setattr(
+            w2r2.scans.sens,
+            name,
+            lambda *args, original=getattr(w2r2.scans.sens, name): decoded.append(args[-1]) or original(*args),
+        )
     start = time.process_time()
     with Sens(path) as sens:
         opening = time.process_time() - start
@@ -117,7 +129,9 @@ def test_32_of_2000_frames_do_not_load_the_rest(sparse, monkeypatch):
         touched = resident(path)
     assert len(sens) == 2000 and path.stat().st_size > 1.9e9
     assert decoded == [f"{kind} of frame {i}" for i in chosen for kind in ("colour", "depth")]
-    assert walked <= 2 * 2000 * 4096 and touched <= walked + 64 * 65_536   # a page or two for each record; 32 small images
+    assert (
+        walked <= 2 * 2000 * 4096 and touched <= walked + 64 * 65_536
+    )  # a page or two for each record; 32 small images
     assert opening < 0.25
 
 
@@ -134,9 +148,11 @@ def test_500_corruptions_give_one_error_or_succeed(tmp_path):
     _, count, first = unpack_header(data, path)
     records, offsets, end = index_frames(data, first, count, path)
     fields = [(0, 4), (4, 8), (first - 8, 8), (end, 8)] + [(first - 12 - 4 * k, 4) for k in range(7)]
-    fields += [(offset - back, 8) for offset in offsets.tolist() for back in (32, 24, 16, 8)] + [(offset - 96, 4) for offset in offsets.tolist()]
+    fields += [(offset - back, 8) for offset in offsets.tolist() for back in (32, 24, 16, 8)] + [
+        (offset - 96, 4) for offset in offsets.tolist()
+    ]
     path.write_bytes(data)
-    touch(path)   # loads Pillow's plugins
+    touch(path)  # loads Pillow's plugins
     tracemalloc.start()
     try:
         outcomes, memory = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -145,5 +161,7 @@ def test_500_corruptions_give_one_error_or_succeed(tmp_path):
             outcomes.append(guarded(lambda: touch(path), 10 * len(data)))
     finally:
         tracemalloc.stop()
-    assert 60 < sum(outcomes) < 540   # the damage is neither always harmless nor always fatal
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 32 * 1024   # kilobytes; includes what the image library allocates
+    assert 60 < sum(outcomes) < 540  # the damage is neither always harmless nor always fatal
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 32 * 1024
+    )  # kilobytes; includes what the image library allocates

@@ -1,4 +1,5 @@
 """Links of the notebooks; and, where `make docs` has built the site, its pages as a reader without a network sees them."""
+
 import json
 import re
 from html.parser import HTMLParser
@@ -17,24 +18,48 @@ built = pytest.mark.skipif(not PAGES, reason="no site; make docs builds it")
 def written(path):
     """The text of a Markdown file or of a notebook's Markdown cells, without code."""
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".ipynb": text = "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+    if path.suffix == ".ipynb":
+        text = "\n\n".join(
+            "".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"
+        )
     return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
 
 
 def links(path):
-    return [unquote(link.partition("#")[0]) for link in re.findall(r"\]\(<?([^)\s>]+)", written(path)) if not urlsplit(link).scheme and link.partition("#")[0]]
+    return [
+        unquote(link.partition("#")[0])
+        for link in re.findall(r"\]\(<?([^)\s>]+)", written(path))
+        if not urlsplit(link).scheme and link.partition("#")[0]
+    ]
 
 
 def test_links_of_notebooks_and_reports_lead_to_files():
-    sources = [ROOT / "README.md", *(path for folder in ("nbs", "reports") for kind in ("*.ipynb", "*.md") for path in (ROOT / folder).rglob(kind)
-                                     if ".ipynb_checkpoints" not in path.parts and path.name != "contents.md")]
-    lost = [f"{path.relative_to(ROOT)}: {link}" for path in sources for link in links(path) if not (path.parent / link).exists()]
+    sources = [
+        ROOT / "README.md",
+        *(
+            path
+            for folder in ("nbs", "reports")
+            for kind in ("*.ipynb", "*.md")
+            for path in (ROOT / folder).rglob(kind)
+            if ".ipynb_checkpoints" not in path.parts and path.name != "contents.md"
+        ),
+    ]
+    lost = [
+        f"{path.relative_to(ROOT)}: {link}"
+        for path in sources
+        for link in links(path)
+        if not (path.parent / link).exists()
+    ]
     assert len(sources) > 40 and lost == []
 
 
 def test_the_tour_leads_to_every_notebook():
     tour = [(ROOT / "nbs" / link).resolve() for link in links(ROOT / "nbs" / "tour.ipynb")]
-    there = [*(ROOT / "nbs").glob("[0-9]*.ipynb"), *(ROOT / "nbs" / "bench").glob("*.ipynb"), *(ROOT / "reports" / "notebooks").glob("*.ipynb")]
+    there = [
+        *(ROOT / "nbs").glob("[0-9]*.ipynb"),
+        *(ROOT / "nbs" / "bench").glob("*.ipynb"),
+        *(ROOT / "reports" / "notebooks").glob("*.ipynb"),
+    ]
     assert {path.name for path in there if path not in tour} == set(), "say in nbs/tour.ipynb what it is for"
 
 
@@ -46,10 +71,14 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        if "id" in attributes: self.ids.add(attributes["id"])
-        if tag == "a" and "href" in attributes: self.links.append(attributes["href"])
-        elif tag == "link" and attributes.get("rel") in ("stylesheet", "preload", "icon", "shortcut icon"): self.loads.append(attributes["href"])
-        elif tag != "a" and "src" in attributes: self.loads.append(attributes["src"])
+        if "id" in attributes:
+            self.ids.add(attributes["id"])
+        if tag == "a" and "href" in attributes:
+            self.links.append(attributes["href"])
+        elif tag == "link" and attributes.get("rel") in ("stylesheet", "preload", "icon", "shortcut icon"):
+            self.loads.append(attributes["href"])
+        elif tag != "a" and "src" in attributes:
+            self.loads.append(attributes["src"])
 
 
 @built
@@ -59,10 +88,16 @@ def test_pages_link_to_what_exists_and_load_nothing_from_outside():
         for address in page.links + page.loads:
             parts = urlsplit(address)
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            if address in page.loads and (parts.netloc or parts.scheme not in ("", "data")): fine = False
-            elif parts.scheme or address == "#": fine = True
-            else: fine = target.is_file() and (not parts.fragment or target not in pages or unquote(parts.fragment) in pages[target].ids)
-            if not fine: wrong.append(f"{path.relative_to(SITE)}: {address}")
+            if address in page.loads and (parts.netloc or parts.scheme not in ("", "data")):
+                fine = False
+            elif parts.scheme or address == "#":
+                fine = True
+            else:
+                fine = target.is_file() and (
+                    not parts.fragment or target not in pages or unquote(parts.fragment) in pages[target].ids
+                )
+            if not fine:
+                wrong.append(f"{path.relative_to(SITE)}: {address}")
     assert len(pages) > 40 and wrong == []
 
 
@@ -70,7 +105,9 @@ def test_pages_link_to_what_exists_and_load_nothing_from_outside():
 def browser():
     pytest.importorskip("websocket")
     import browser
-    if browser.CHROMIUM is None: pytest.skip("no Chromium")
+
+    if browser.CHROMIUM is None:
+        pytest.skip("no Chromium")
     tab = browser.Browser()
     yield tab
     tab.close()
@@ -79,6 +116,7 @@ def browser():
 def until(tab, condition):
     """Waits for a JavaScript condition."""
     from browser import wait
+
     wait(lambda: tab.run(condition), condition)
 
 
@@ -92,13 +130,20 @@ def test_pages_in_a_browser_on_a_phone(browser):
     wrong, formulas = {}, 0
     for path in PAGES:
         browser.open(path.as_uri(), width=390, height=844)
-        if browser.run("'MathJax' in window"): browser.run("MathJax.startup.promise.then(() => true)")
-        found = {"outside": outside(browser), "console": browser.complaints,
-                 "bad formulas": browser.run("document.querySelectorAll('mjx-merror').length"),
-                 "formulas not typeset": browser.run("[...document.querySelectorAll('.math')].filter(place => !place.querySelector('mjx-container')).length"),
-                 "too wide by": max(0, browser.run("document.documentElement.scrollWidth") - 390)}
+        if browser.run("'MathJax' in window"):
+            browser.run("MathJax.startup.promise.then(() => true)")
+        found = {
+            "outside": outside(browser),
+            "console": browser.complaints,
+            "bad formulas": browser.run("document.querySelectorAll('mjx-merror').length"),
+            "formulas not typeset": browser.run(
+                "[...document.querySelectorAll('.math')].filter(place => !place.querySelector('mjx-container')).length"
+            ),
+            "too wide by": max(0, browser.run("document.documentElement.scrollWidth") - 390),
+        }
         formulas += browser.run("document.querySelectorAll('mjx-container').length")
-        if found := {about: value for about, value in found.items() if value}: wrong[str(path.relative_to(SITE))] = found
+        if found := {about: value for about, value in found.items() if value}:
+            wrong[str(path.relative_to(SITE))] = found
     assert wrong == {} and formulas > 20
 
 
@@ -114,9 +159,14 @@ def test_a_figure_answers_the_mouse(browser):
         const {x, y, width, height} = figure.getBoundingClientRect();
         return [x, y, width, height];
     })()""")
-    for x, y in sorted(product(range(-20, 20), repeat=2), key=lambda at: at[0] ** 2 + at[1] ** 2):   # in pixels / 10, from the middle outwards
+    for x, y in sorted(
+        product(range(-20, 20), repeat=2), key=lambda at: at[0] ** 2 + at[1] ** 2
+    ):  # in pixels / 10, from the middle outwards
         browser.move(left + width / 2 + 10 * x, top + height / 2 + 10 * y)
-        if text := browser.run("new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn))).then(() => window.shown || '')"): break
+        if text := browser.run(
+            "new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn))).then(() => window.shown || '')"
+        ):
+            break
     assert len(text.split()) > 3, "hovering shows a description"
 
 

@@ -1,57 +1,102 @@
 "One training run on the sample scenes as a process of its own: training.py FOLDER NAME SETTINGS, where `prepare` made FOLDER and SETTINGS are fields of W2R2Config as JSON."
-import json, os, signal, sys
+
+import json
+import os
+import signal
+import sys
 from pathlib import Path
+
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback
-from w2r2.tasks.answers import Bins
+
+from w2r2.method.trainer import W2R2Config, W2R2Trainer, check_one_thread, last_checkpoint
 from w2r2.model.backbone import build_tokenizer, tiny_config
 from w2r2.model.features import Features, Queries, encode, tokenise
-from w2r2.method.interventions import Interventions
 from w2r2.model.fused import FusedConfig, FusedVLM
 from w2r2.model.packing import Packer
-from w2r2.scans.prepared import prepare as prepare_views
 from w2r2.model.scenes import Collator, Scenes
+from w2r2.scans.prepared import prepare as prepare_views
+from w2r2.tasks.answers import Bins
 from w2r2.tasks.samples import read_scanqa, read_scanrefer
-from w2r2.method.trainer import W2R2Config, W2R2Trainer, check_one_thread, last_checkpoint
 
 SAMPLES = Path(__file__).parents[1] / "data/samples"
 BINS = Bins(count=120, low=(-6.6, -1.1, -3.3, 0.0, 0.0, 0.0), width=(0.11, 0.11, 0.055, 0.04, 0.04, 0.04))
 
+
 def fresh(tokenizer: PreTrainedTokenizerFast, packer: Packer) -> FusedVLM:
     "A tiny model that has learned nothing."
     torch.manual_seed(0)
-    return FusedVLM(FusedConfig(vlm_config=tiny_config(tokenizer), embedding_additions=True, answer_token_id=packer.opening[0], first_bin=packer.first_bin))
+    return FusedVLM(
+        FusedConfig(
+            vlm_config=tiny_config(tokenizer),
+            embedding_additions=True,
+            answer_token_id=packer.opening[0],
+            first_bin=packer.first_bin,
+        )
+    )
+
 
 def prepare(folder: Path):
     "Features and queries of the sample scenes."
     names = [f"scene900{number}_00" for number in range(4)]
-    described, asked = read_scanrefer(SAMPLES / "scanrefer/ScanRefer_filtered_samples.json", names)[0], read_scanqa(SAMPLES / "scanqa/ScanQA_v1.0_samples.json", names)[0]
-    tokenizer = build_tokenizer([record["description"] for record in described] + [text for record in asked for text in (record["question"], *record["answers"])], BINS)
+    described, asked = (
+        read_scanrefer(SAMPLES / "scanrefer/ScanRefer_filtered_samples.json", names)[0],
+        read_scanqa(SAMPLES / "scanqa/ScanQA_v1.0_samples.json", names)[0],
+    )
+    tokenizer = build_tokenizer(
+        [record["description"] for record in described]
+        + [text for record in asked for text in (record["question"], *record["answers"])],
+        BINS,
+    )
     tokenizer.save_pretrained(folder)
-    encode(fresh(tokenizer, Packer.of(tokenizer, BINS)).eval(), prepare_views(SAMPLES, names, folder / "views", 6, (112, 84), (80, 60)), folder, keep=48)
+    encode(
+        fresh(tokenizer, Packer.of(tokenizer, BINS)).eval(),
+        prepare_views(SAMPLES, names, folder / "views", 6, (112, 84), (80, 60)),
+        folder,
+        keep=48,
+    )
     tokenise(SAMPLES, "samples", names, tokenizer).save(folder)
+
 
 class Kill(TrainerCallback):
     "Ends the process at once, as the system would, after a step."
-    def __init__(self, step: int): self.step = step
+
+    def __init__(self, step: int):
+        self.step = step
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step: os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
 
 def train(folder: Path, name: str, settings: dict, kill: int = 0) -> W2R2Trainer:
     "Train, from the last checkpoint if there is one."
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     collator = Collator(Packer.of(tokenizer, BINS))
     args = W2R2Config(str(folder / name), use_cpu=True, learning_rate=2e-3, **settings)
-    trainer = W2R2Trainer(fresh(tokenizer, collator.packer), args, Scenes(Features.open(folder), Queries.open(folder), per_task=(4, 1, 1)), collator,
-                          callbacks=[Kill(kill)] if kill else None)
+    trainer = W2R2Trainer(
+        fresh(tokenizer, collator.packer),
+        args,
+        Scenes(Features.open(folder), Queries.open(folder), per_task=(4, 1, 1)),
+        collator,
+        callbacks=[Kill(kill)] if kill else None,
+    )
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     return trainer
+
 
 def result(trainer: W2R2Trainer) -> dict[str, torch.Tensor]:
     "Weights of the model and of the train-only heads."
     heads = trainer.accelerator.unwrap_model(trainer.heads).state_dict() if trainer.heads else {}
-    return {name: value.clone() for name, value in {**trainer.model.state_dict(), **{f"heads.{name}": value for name, value in heads.items()}}.items()}
+    return {
+        name: value.clone()
+        for name, value in {
+            **trainer.model.state_dict(),
+            **{f"heads.{name}": value for name, value in heads.items()},
+        }.items()
+    }
+
 
 if __name__ == "__main__":
     check_one_thread()
@@ -59,4 +104,6 @@ if __name__ == "__main__":
     trainer = train(folder, name, settings, settings.pop("kill", 0))
     if trainer.is_world_process_zero():
         save_file(result(trainer), folder / f"{name}.safetensors")
-        (folder / f"{name}.json").write_text(json.dumps({"processes": trainer.accelerator.num_processes, "log": trainer.state.log_history[:-1]}))
+        (folder / f"{name}.json").write_text(
+            json.dumps({"processes": trainer.accelerator.num_processes, "log": trainer.state.log_history[:-1]})
+        )

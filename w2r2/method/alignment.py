@@ -9,42 +9,59 @@ __all__ = ['Targets', 'query_mean', 'batch_mean', 'bin_logits', 'soft_labels', '
 # %% ../../nbs/method/00_alignment.ipynb #78aff52f
 from functools import cached_property
 from typing import NamedTuple
+
 import torch
 from torch.nn import functional
-from ..tasks.answers import Bins
+
 from ..scans.geometry import box_iou, box_iou_soft
+from ..tasks.answers import Bins
 
 # %% ../../nbs/method/00_alignment.ipynb #4406615a
 class Targets:
     "What the K kept positions of a batch should say; raises ValueError for a box that is not complete."
 
-    def __init__(self,
+    def __init__(
+        self,
         batch: dict[str, torch.Tensor],  # from `w2r2.model.packing.Packer`, with `boxes` (B, Q, 6) in the scan frame
-        bins: Bins,                      # the answer format
-        first_bin: int,                  # id of its first token
-        sigma: float = 1.0,              # width of the soft labels [bin]; 0 = the bin alone
+        bins: Bins,  # the answer format
+        first_bin: int,  # id of its first token
+        sigma: float = 1.0,  # width of the soft labels [bin]; 0 = the bin alone
         coordinate_weight: float = 1.0,  # of the coordinate tokens in a query's loss: a curriculum may begin below 1
     ):
-        self.batch, self.bins, self.first_bin, self.sigma, self.coordinate_weight = batch, bins, first_bin, sigma, coordinate_weight
+        self.batch, self.bins, self.first_bin, self.sigma, self.coordinate_weight = (
+            batch,
+            bins,
+            first_bin,
+            sigma,
+            coordinate_weight,
+        )
         kept = batch["labels"] >= 0
         scene = torch.arange(len(kept), device=kept.device)[:, None].expand_as(kept)[kept]
-        self.size = batch["boxes"].shape[:2]                                        # B, Q
-        self.labels, self.slot = batch["labels"][kept], batch["answer_slot"][kept]  # (K,), (K,) 0 = view, 1 to 6 = coordinate, -1 = word
-        self.query = scene * self.size[1] + batch["segment"][kept]                  # (K,) b * Q + q
-        self.tokens = torch.bincount(self.query, minlength=self.size.numel())       # (B * Q,) how many each query has
-        self.valid = (self.tokens > 0).view(self.size)                              # (B, Q) queries with an answer
+        self.size = batch["boxes"].shape[:2]  # B, Q
+        self.labels, self.slot = (
+            batch["labels"][kept],
+            batch["answer_slot"][kept],
+        )  # (K,), (K,) 0 = view, 1 to 6 = coordinate, -1 = word
+        self.query = scene * self.size[1] + batch["segment"][kept]  # (K,) b * Q + q
+        self.tokens = torch.bincount(self.query, minlength=self.size.numel())  # (B * Q,) how many each query has
+        self.valid = (self.tokens > 0).view(self.size)  # (B, Q) queries with an answer
         rows = (self.slot > 0).nonzero()[:, 0]
         if len(rows) % 6 or not (self.slot[rows].view(-1, 6) == torch.arange(1, 7, device=rows.device)).all():
-            raise ValueError("an answer names some coordinates of a box, but not x, y, z, w, d and h in this order; write it with `Bins.encode`")
-        self.rows = rows.view(-1, 6)                                                # (G, 6) positions of the coordinates of each box
-        self.grounded = self.query[self.rows[:, 0]]                                 # (G,) queries that ask for a box
-        self.words = (~torch.isin(self.query, self.grounded)).nonzero()[:, 0]       # positions of the answers in words
+            raise ValueError(
+                "an answer names some coordinates of a box, but not x, y, z, w, d and h in this order; write it with `Bins.encode`"
+            )
+        self.rows = rows.view(-1, 6)  # (G, 6) positions of the coordinates of each box
+        self.grounded = self.query[self.rows[:, 0]]  # (G,) queries that ask for a box
+        self.words = (~torch.isin(self.query, self.grounded)).nonzero()[:, 0]  # positions of the answers in words
 
-    def take(self,
+    def take(
+        self,
         scenes: torch.Tensor,  # (B,) bool
     ) -> "Targets":
         "The targets of some scenes alone."
-        batch = {name: value[:, scenes] if name == "position_ids" else value[scenes] for name, value in self.batch.items()}
+        batch = {
+            name: value[:, scenes] if name == "position_ids" else value[scenes] for name, value in self.batch.items()
+        }
         return Targets(batch, self.bins, self.first_bin, self.sigma, self.coordinate_weight)
 
     @cached_property
@@ -57,17 +74,19 @@ def query_mean(
     values: torch.Tensor,  # (K,) of each kept position
     targets: Targets,
     where: torch.Tensor | None = None,  # (K,) bool, count only these
-) -> torch.Tensor:         # (B, Q), 0 for a query without such positions
+) -> torch.Tensor:  # (B, Q), 0 for a query without such positions
     "Mean over the positions of each query."
     query, tokens = targets.query, targets.tokens
-    if where is not None: values, query = values[where], query[where]; tokens = torch.bincount(query, minlength=len(tokens))
+    if where is not None:
+        values, query = values[where], query[where]
+        tokens = torch.bincount(query, minlength=len(tokens))
     return (values.new_zeros(len(tokens)).index_add(0, query, values) / tokens.clamp(min=1)).view(targets.size)
 
 # %% ../../nbs/method/00_alignment.ipynb #bf03d48d
 def batch_mean(
-    values: torch.Tensor,         # (B, Q) of each query
+    values: torch.Tensor,  # (B, Q) of each query
     targets: Targets,
-    items: float | None = None,   # divide by this instead of the number of queries with an answer
+    items: float | None = None,  # divide by this instead of the number of queries with an answer
 ) -> torch.Tensor:
     "Mean over the queries with an answer."
     return torch.where(targets.valid, values, 0).sum() / (targets.valid.sum().clamp(min=1) if items is None else items)
@@ -76,18 +95,21 @@ def batch_mean(
 def bin_logits(
     logits: torch.Tensor,  # (K, vocabulary)
     targets: Targets,
-) -> torch.Tensor:         # (G, 6, count) float32
+) -> torch.Tensor:  # (G, 6, count) float32
     "The logits of the bins of each coordinate of each box."
     count = targets.bins.count
     first = targets.first_bin + targets.bins.views + count * torch.arange(6, device=logits.device)
     place = (targets.rows * logits.shape[1] + first)[..., None] + torch.arange(count, device=logits.device)
-    return logits.reshape(-1).index_select(0, place.flatten()).view(-1, 6, count).float()    # by far the fastest way, and backwards too
+    return (
+        logits.reshape(-1).index_select(0, place.flatten()).view(-1, 6, count).float()
+    )  # by far the fastest way, and backwards too
 
 # %% ../../nbs/method/00_alignment.ipynb #48409580
 def soft_labels(targets: Targets) -> torch.Tensor:
     "(G, 6, count) a Gaussian of width sigma about the bin of each coordinate."
     count = targets.bins.count
-    if not targets.sigma: return functional.one_hot(targets.bin, count).float()
+    if not targets.sigma:
+        return functional.one_hot(targets.bin, count).float()
     offset = torch.arange(count, device=targets.bin.device)
     return (-0.5 * ((offset - offset[:, None]) / targets.sigma) ** 2).softmax(-1)[targets.bin]
 
@@ -95,10 +117,11 @@ def soft_labels(targets: Targets) -> torch.Tensor:
 def adapted_cross_entropy(
     logits: torch.Tensor,  # (K, vocabulary)
     targets: Targets,
-) -> torch.Tensor:         # (K,) [nat]
+) -> torch.Tensor:  # (K,) [nat]
     "Eq. 2 for each kept position: cross-entropy, with soft labels for coordinates."
     losses = functional.cross_entropy(logits.float(), targets.labels, reduction="none")
-    if not targets.sigma: return losses
+    if not targets.sigma:
+        return losses
     z = bin_logits(logits, targets)
     softer = z.gather(-1, targets.bin[..., None])[..., 0] - (soft_labels(targets) * z).sum(-1)
     return losses.index_add(0, targets.rows.flatten(), softer.flatten())
@@ -107,18 +130,20 @@ def adapted_cross_entropy(
 def query_losses(
     losses: torch.Tensor,  # (K,) from `adapted_cross_entropy`
     targets: Targets,
-) -> torch.Tensor:         # (B, Q)
+) -> torch.Tensor:  # (B, Q)
     "Mean over the tokens of each answer, coordinates weighted by `coordinate_weight`."
     return query_mean(torch.where(targets.slot > 0, targets.coordinate_weight * losses, losses), targets)
 
 # %% ../../nbs/method/00_alignment.ipynb #5e97867f
 class Alignment(NamedTuple):
     "Eq. 2 of a batch."
-    loss: torch.Tensor             # ()
+
+    loss: torch.Tensor  # ()
     logs: dict[str, torch.Tensor]  # its parts, without gradient and unweighted
 
+
 def align(
-    logits: torch.Tensor,        # (K, vocabulary) of the fused pass
+    logits: torch.Tensor,  # (K, vocabulary) of the fused pass
     targets: Targets,
     items: float | None = None,  # see `batch_mean`
 ) -> Alignment:
@@ -126,28 +151,35 @@ def align(
     losses = adapted_cross_entropy(logits, targets)
     told = losses.detach()
     parts = {"view": told[targets.slot == 0], "coordinates": told[targets.rows.flatten()], "words": told[targets.words]}
-    return Alignment(batch_mean(query_losses(losses, targets), targets, items), {name: part.mean() for name, part in parts.items() if len(part)})
+    return Alignment(
+        batch_mean(query_losses(losses, targets), targets, items),
+        {name: part.mean() for name, part in parts.items() if len(part)},
+    )
 
 # %% ../../nbs/method/00_alignment.ipynb #aec34553
 def expected_boxes(
     logits: torch.Tensor,  # (K, vocabulary)
     targets: Targets,
     greedy: bool = False,  # each coordinate's best bin instead of the mean; no gradient
-) -> torch.Tensor:         # (B, Q, 6) in the scan frame [m], NaN for a query that asks for words
+) -> torch.Tensor:  # (B, Q, 6) in the scan frame [m], NaN for a query that asks for words
     "The box that a pass expects for each query, given the target's view."
     z = bin_logits(logits, targets)
     probabilities = functional.one_hot(z.argmax(-1), z.shape[-1]).to(z) if greedy else z.softmax(-1)
     views = targets.labels[targets.rows[:, 0] - 1] - targets.first_bin
     scenes = targets.grounded // targets.size[1]
     boxes = targets.bins.expect(views, probabilities, targets.batch["poses"][scenes])
-    return boxes.new_full((targets.size.numel(), 6), torch.nan).index_copy(0, targets.grounded, boxes).view(*targets.size, 6)
+    return (
+        boxes.new_full((targets.size.numel(), 6), torch.nan)
+        .index_copy(0, targets.grounded, boxes)
+        .view(*targets.size, 6)
+    )
 
 # %% ../../nbs/method/00_alignment.ipynb #825cd227
 def per_query(
     of_boxes: torch.Tensor,  # (G,) a number for each query that asks for a box
     of_words: torch.Tensor,  # (W,) a number for each token of the other answers
     targets: Targets,
-) -> torch.Tensor:           # (B, Q), 0 for a query without an answer
+) -> torch.Tensor:  # (B, Q), 0 for a query without an answer
     "The number of each box, and the mean over each answer in words."
     sums = of_words.new_zeros(len(targets.tokens)).index_add(0, targets.query[targets.words], of_words)
     return (sums / targets.tokens.clamp(min=1)).index_copy(0, targets.grounded, of_boxes).view(targets.size)
@@ -157,10 +189,16 @@ def similarity(
     logits: torch.Tensor,  # (K, vocabulary)
     targets: Targets,
     greedy: bool = False,  # of the most probable tokens instead of all; no gradient
-) -> torch.Tensor:         # (B, Q) in [0, 1], 0 for a query without an answer
+) -> torch.Tensor:  # (B, Q) in [0, 1], 0 for a query without an answer
     "s(o, y) of Eq. 6 for each query: IoU for boxes, expected match of the words for captions and answers."
-    boxes, truth = (values.reshape(-1, 6)[targets.grounded] for values in (expected_boxes(logits, targets, greedy), targets.batch["boxes"]))
+    boxes, truth = (
+        values.reshape(-1, 6)[targets.grounded]
+        for values in (expected_boxes(logits, targets, greedy), targets.batch["boxes"])
+    )
     said, labels = logits[targets.words].float(), targets.labels[targets.words]
-    if greedy: return per_query(box_iou(boxes, truth.to(boxes)), (said.argmax(-1) == labels).float(), targets)
+    if greedy:
+        return per_query(box_iou(boxes, truth.to(boxes)), (said.argmax(-1) == labels).float(), targets)
     match = -functional.cross_entropy(said, labels, reduction="none")
-    return torch.where(targets.valid, per_query(box_iou_soft(boxes, truth.to(boxes), log=True), match, targets).exp(), 0)
+    return torch.where(
+        targets.valid, per_query(box_iou_soft(boxes, truth.to(boxes), log=True), match, targets).exp(), 0
+    )

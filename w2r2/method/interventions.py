@@ -7,22 +7,28 @@ __all__ = ['SHIFT', 'SCALE', 'mean_point', 'move', 'draw', 'Interventions', 'dis
 
 # %% ../../nbs/method/01_interventions.ipynb #3a619e9b
 from dataclasses import dataclass
-import numpy as np, torch
-from ..tasks.answers import Bins, gravity_frame, to_view
-from ..scans.cameras import transform_points
+
+import numpy as np
+import torch
+
 from ..model.encoders import move_boxes, move_geometry
+from ..scans.cameras import transform_points
+from ..tasks.answers import Bins, gravity_frame, to_view
 
 # %% ../../nbs/method/01_interventions.ipynb #6c208be8
 def mean_point(scene: dict) -> torch.Tensor:
     "(..., 3) mean point of the geometry of a scene, or of each of a batch, in the scan frame, over the views that exist [m]."
-    return transform_points(gravity_frame(scene["poses"][..., 0, :, :]), scene["geometry"][..., 12:15].double().nanmean(-2, keepdim=True))[..., 0, :]
+    return transform_points(
+        gravity_frame(scene["poses"][..., 0, :, :]), scene["geometry"][..., 12:15].double().nanmean(-2, keepdim=True)
+    )[..., 0, :]
+
 
 def move(
-    scene: dict,               # one item of the data set; it is left as it is
-    shift: torch.Tensor,       # (3,) in the scan frame [m]
-    scale: torch.Tensor,       # () factor
+    scene: dict,  # one item of the data set; it is left as it is
+    shift: torch.Tensor,  # (3,) in the scan frame [m]
+    scale: torch.Tensor,  # () factor
     move_target: bool = True,  # the boxes go with the points
-) -> dict:                     # another scene, which shares the tensors that did not change
+) -> dict:  # another scene, which shares the tensors that did not change
     "do(F3D) on one scene."
     do = shift[None], scale[None], mean_point(scene)[None]
     geometry, poses = scene["geometry"], scene["poses"]
@@ -39,20 +45,29 @@ def _sayable(boxes: torch.Tensor, frames: torch.Tensor, bins: Bins) -> torch.Ten
     bin = (to_view(boxes, frames) - boxes.new_tensor(bins.low)) / boxes.new_tensor(bins.width)
     return ((bin >= 0) & (bin < bins.count)).all(-1)
 
+
 SHIFT, SCALE = (0.5, 0.5, 0.25), 0.45
+
 
 def draw(
     scene: dict,
     rng: np.random.Generator,
-    bins: Bins,                                  # the answer format
-    shift: tuple[float, float, float] = SHIFT,   # standard deviation [m]
-    scale: float = SCALE,                        # half width of the logarithm of the factor
-) -> tuple[torch.Tensor, torch.Tensor] | None:   # (3,) shift and () scale, or None if ten draws did not fit
+    bins: Bins,  # the answer format
+    shift: tuple[float, float, float] = SHIFT,  # standard deviation [m]
+    scale: float = SCALE,  # half width of the logarithm of the factor
+) -> tuple[torch.Tensor, torch.Tensor] | None:  # (3,) shift and () scale, or None if ten draws did not fit
     "A random move of a scene that all its answers survive."
-    shifts, scales = torch.from_numpy(rng.standard_normal((10, 3)) * shift), torch.from_numpy(np.exp(rng.uniform(-scale, scale, 10)))
+    shifts, scales = (
+        torch.from_numpy(rng.standard_normal((10, 3)) * shift),
+        torch.from_numpy(np.exp(rng.uniform(-scale, scale, 10))),
+    )
     told = [query for query in scene["queries"] if query["view"] >= 0]
-    if not told: return shifts[0], scales[0]
-    boxes, frames = torch.stack([query["box"] for query in told]), gravity_frame(scene["poses"][[query["view"] for query in told]])
+    if not told:
+        return shifts[0], scales[0]
+    boxes, frames = (
+        torch.stack([query["box"] for query in told]),
+        gravity_frame(scene["poses"][[query["view"] for query in told]]),
+    )
     moved = move_boxes(boxes.expand(10, -1, -1), shifts, scales, mean_point(scene).expand(10, -1))
     sayable = _sayable(torch.cat([boxes[None], moved]), frames, bins)
     fits = (sayable[1:] | ~sayable[0]).all(-1).nonzero()
@@ -62,40 +77,52 @@ def draw(
 @dataclass(frozen=True)
 class Interventions:
     "What happens to training scenes before they are collated; all shares 0 is nothing at all."
-    intervene: float = 0.0   # share of scenes whose geometry and answers are moved
-    disturb: float = 0.0     # share whose geometry alone is moved (control)
-    drop2d: float = 0.0      # share whose F2D is 0 (control)
-    drop3d: float = 0.0      # share whose projected 3D tokens are 0, as in the shortcut pass (control)
-    shift: tuple[float, float, float] = SHIFT   # see `draw`
+
+    intervene: float = 0.0  # share of scenes whose geometry and answers are moved
+    disturb: float = 0.0  # share whose geometry alone is moved (control)
+    drop2d: float = 0.0  # share whose F2D is 0 (control)
+    drop3d: float = 0.0  # share whose projected 3D tokens are 0, as in the shortcut pass (control)
+    shift: tuple[float, float, float] = SHIFT  # see `draw`
     scale: float = SCALE
     bins: Bins = Bins()
 
     def __post_init__(self):
         for first, second in (("intervene", "disturb"), ("drop2d", "drop3d")):
             shares = getattr(self, first), getattr(self, second)
-            if min(shares) < 0 or sum(shares) > 1: raise ValueError(f"{first}={shares[0]} and {second}={shares[1]} are shares of the scenes and exclude one another: their sum must be within 0 and 1")
+            if min(shares) < 0 or sum(shares) > 1:
+                raise ValueError(
+                    f"{first}={shares[0]} and {second}={shares[1]} are shares of the scenes and exclude one another: their sum must be within 0 and 1"
+                )
 
-    def __call__(self,
+    def __call__(
+        self,
         scene: dict,
-        rng: np.random.Generator,   # of this scene in this epoch
-    ) -> dict:                      # with `intervention` ("none", "intervene", "disturb", or "out of range" if no draw fitted), `drop2d` and `drop3d`
+        rng: np.random.Generator,  # of this scene in this epoch
+    ) -> dict:  # with `intervention` ("none", "intervene", "disturb", or "out of range" if no draw fitted), `drop2d` and `drop3d`
         "The scene as it is trained on."
         which, dropped = rng.random(2)
         name = "intervene" if which < self.intervene else "disturb" if which < self.intervene + self.disturb else "none"
         if name != "none":
             drawn = draw(scene, rng, self.bins, self.shift, self.scale)
-            if drawn: scene = move(scene, *drawn, move_target=name == "intervene")
-            else: name = "out of range"
-        scene = {**scene, "intervention": name, "drop2d": bool(dropped < self.drop2d), "drop3d": bool(1 - dropped <= self.drop3d)}
+            if drawn:
+                scene = move(scene, *drawn, move_target=name == "intervene")
+            else:
+                name = "out of range"
+        scene = {
+            **scene,
+            "intervention": name,
+            "drop2d": bool(dropped < self.drop2d),
+            "drop3d": bool(1 - dropped <= self.drop3d),
+        }
         return scene | {"f2d": torch.zeros_like(scene["f2d"])} if scene["drop2d"] else scene
 
 # %% ../../nbs/method/01_interventions.ipynb #033b83e4
 def displace(
-    batch: dict[str, torch.Tensor],             # from `w2r2.model.packing.Packer`; it is left as it is
-    patches: int = 48,                          # of a view
+    batch: dict[str, torch.Tensor],  # from `w2r2.model.packing.Packer`; it is left as it is
+    patches: int = 48,  # of a view
     shift: tuple[float, float, float] = SHIFT,  # see `draw`
     scale: float = SCALE,
-) -> dict[str, torch.Tensor]:                   # another batch, which shares all but `geometry`
+) -> dict[str, torch.Tensor]:  # another batch, which shares all but `geometry`
     "do(F3D) on each scene of a batch, with a shift and a scale of its own."
     poses, given, padding = batch["poses"], batch["geometry"], batch["visual_index"][..., None] < 0
     shifts = (torch.randn(len(given), 3, dtype=torch.float64) * torch.tensor(shift)).to(poses)

@@ -12,51 +12,79 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
+
 import torch
 from torch.nn import functional
-from .alignment import Targets, adapted_cross_entropy, batch_mean, bin_logits, expected_boxes, per_query, query_losses, query_mean, similarity
-from ..scans.geometry import box_iou_soft
+
+from w2r2.method.alignment import (
+    Targets,
+    adapted_cross_entropy,
+    batch_mean,
+    bin_logits,
+    expected_boxes,
+    per_query,
+    query_losses,
+    query_mean,
+    similarity,
+)
 from .interventions import displace
 from ..model.fused import INPUTS, FusedVLM
+from ..scans.geometry import box_iou_soft
 
 # %% ../../nbs/method/02_objectives.ipynb #8ecf4634
 @dataclass(frozen=True)
 class Reading:
     "One way to read Eq. 6."
-    formula: str                  # of one query
-    source: str
-    penalty: Callable | None      # (s_S, fused logits, shortcut logits, targets, mu) -> its value and where it acts, both (B, Q), and further terms by name
-    gradient: bool = False        # passes through the shortcut pass
-    gated: bool = False           # where it does not act it has no gradient, so that only scenes where it acts need a pass with gradient
-    constant_visual: bool = False # the shortcut pass takes its visual tokens for constants
-    moved: bool = False           # the shortcut pass keeps F3D, moved by `w2r2.method.interventions.displace`, instead of doing without
 
-READINGS = {"none": Reading("0", "plain fine-tuning", None)}
+    formula: str  # of one query
+    source: str
+    penalty: (
+        Callable | None
+    )  # (s_S, fused logits, shortcut logits, targets, mu) -> its value and where it acts, both (B, Q), and further terms by name
+    gradient: bool = False  # passes through the shortcut pass
+    gated: bool = (
+        False  # where it does not act it has no gradient, so that only scenes where it acts need a pass with gradient
+    )
+    margin: bool = True  # mu counts
+    constant_visual: bool = False  # the shortcut pass takes its visual tokens for constants
+    moved: bool = (
+        False  # the shortcut pass keeps F3D, moved by `w2r2.method.interventions.displace`, instead of doing without
+    )
+
+
+READINGS = {"none": Reading("0", "plain fine-tuning", None, margin=False)}
 
 # %% ../../nbs/method/02_objectives.ipynb #ab8afc73
 class Push(NamedTuple):
     "Eq. 6 of a batch."
-    loss: torch.Tensor             # (), to be multiplied by lambda
-    activation: torch.Tensor       # (), share of queries where it acts
-    active: torch.Tensor           # (B, Q) bool, where it acts
-    logs: dict[str, torch.Tensor]  # `deterrence`, `activation`, `shortcut_similarity` (mean s_S) and further terms, without gradient
+
+    loss: torch.Tensor  # (), to be multiplied by lambda
+    activation: torch.Tensor  # (), share of queries where it acts
+    active: torch.Tensor  # (B, Q) bool, where it acts
+    logs: dict[
+        str, torch.Tensor
+    ]  # `deterrence`, `activation`, `shortcut_similarity` (mean s_S) and further terms, without gradient
+
 
 def push(
-    reading: str,                         # a key of `READINGS`
-    fused_logits: torch.Tensor,           # (K, vocabulary) of the fused pass
-    shortcut_logits: torch.Tensor | None, # (K, vocabulary) of the shortcut pass; None for "none"
+    reading: str,  # a key of `READINGS`
+    fused_logits: torch.Tensor,  # (K, vocabulary) of the fused pass
+    shortcut_logits: torch.Tensor | None,  # (K, vocabulary) of the shortcut pass; None for "none"
     targets: Targets,
-    mu: float = 0.7,                      # margin, the paper's default
-    items: float | None = None,           # see `w2r2.method.alignment.batch_mean`
+    mu: float = 0.7,  # margin, the paper's default
+    items: float | None = None,  # see `w2r2.method.alignment.batch_mean`
 ) -> Push:
     "Eq. 6 in one reading; raises ValueError for a reading that does not exist or a margin outside [0, 1)."
-    if reading not in READINGS: raise ValueError(f"no reading {reading!r} of Eq. 6; use one of {list(READINGS)}")
-    if not 0 <= mu < 1: raise ValueError(f"margin mu = {mu}: similarities lie in [0, 1], so take 0 <= mu < 1")
+    if reading not in READINGS:
+        raise ValueError(f"no reading {reading!r} of Eq. 6; use one of {list(READINGS)}")
+    if not 0 <= mu < 1:
+        raise ValueError(f"margin mu = {mu}: similarities lie in [0, 1], so take 0 <= mu < 1")
     spec = READINGS[reading]
     if spec.penalty is None:
         zero = fused_logits.new_zeros(())
         return Push(zero, zero, torch.zeros_like(targets.valid), {"deterrence": zero, "activation": zero})
-    if not spec.gradient: shortcut_logits = shortcut_logits.detach()
+    if not spec.gradient:
+        shortcut_logits = shortcut_logits.detach()
     s = similarity(shortcut_logits, targets)
     value, active, terms = spec.penalty(s, fused_logits, shortcut_logits, targets, mu)
     active = active & targets.valid
@@ -72,50 +100,77 @@ def constant_visual(
 ):
     "Passes in here take their visual tokens for constants: no gradient reaches what made them."
     visual = (input_ids == model.config.vlm_config.image_token_id)[..., None]
-    def detach(module, args, kwargs): return args, {**kwargs, "inputs_embeds": torch.where(visual, kwargs["inputs_embeds"].detach(), kwargs["inputs_embeds"])}
+
+    def detach(module, args, kwargs):
+        return args, {
+            **kwargs,
+            "inputs_embeds": torch.where(visual, kwargs["inputs_embeds"].detach(), kwargs["inputs_embeds"]),
+        }
+
     handle = model.vlm.model.language_model.register_forward_pre_hook(detach, with_kwargs=True)
-    try: yield
-    finally: handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 # %% ../../nbs/method/02_objectives.ipynb #faf4808b
 def shortcut_pass(
     model: FusedVLM,
     targets: Targets,
     constant: bool = False,  # see `constant_visual`
-    moved: bool = False,     # the batch is displaced: Phi(F2D, do(F3D)) instead
-) -> torch.Tensor:           # (K, vocabulary)
+    moved: bool = False,  # the batch is displaced: Phi(F2D, do(F3D)) instead
+) -> torch.Tensor:  # (K, vocabulary)
     "Eq. 3: the logits of Phi(F2D, 0) at the kept positions."
     batch = targets.batch
     with constant_visual(model, batch["input_ids"]) if constant else nullcontext():
-        return model(**{name: batch[name] for name in INPUTS}, shortcut=not moved, logits_to_keep=batch["labels"] >= 0).logits
+        return model(
+            **{name: batch[name] for name in INPUTS}, shortcut=not moved, logits_to_keep=batch["labels"] >= 0
+        ).logits
 
 # %% ../../nbs/method/02_objectives.ipynb #22d654f4
 def deter(
-    model: FusedVLM,                     # not wrapped for parallel training: the number of passes depends on the batch
+    model: FusedVLM,  # not wrapped for parallel training: the number of passes depends on the batch
     targets: Targets,
-    fused_logits: torch.Tensor,          # (K, vocabulary) of the fused pass
-    reading: str = "direct",             # a key of `READINGS`
+    fused_logits: torch.Tensor,  # (K, vocabulary) of the fused pass
+    reading: str = "direct",  # a key of `READINGS`
     mu: float = 0.7,
-    gated: bool = True,                  # where the reading allows, the pass with gradient runs for scenes where the penalty acts
+    gated: bool = True,  # where the reading allows, the pass with gradient runs for scenes where the penalty acts
     scenes: torch.Tensor | None = None,  # (B,) bool, only these
-    items: float | None = None,          # see `w2r2.method.alignment.batch_mean`
+    items: float | None = None,  # see `w2r2.method.alignment.batch_mean`
 ) -> Push:
     "Eq. 6 of a batch, with its shortcut pass."
     spec = READINGS.get(reading)
     if spec is not None and spec.moved:
-        targets = Targets(displace(targets.batch, math.prod(model.config.grid)), targets.bins, targets.first_bin, targets.sigma, targets.coordinate_weight)
+        targets = Targets(
+            displace(targets.batch, math.prod(model.config.grid)),
+            targets.bins,
+            targets.first_bin,
+            targets.sigma,
+            targets.coordinate_weight,
+        )
     if scenes is not None:
         fused_logits, targets = fused_logits[scenes[targets.query // targets.size[1]]], targets.take(scenes)
-    if spec is None or spec.penalty is None: return push(reading, fused_logits, None, targets, mu, items)
+    if spec is None or spec.penalty is None:
+        return push(reading, fused_logits, None, targets, mu, items)
     if spec.gradient and not (gated and spec.gated):
-        return push(reading, fused_logits, shortcut_pass(model, targets, spec.constant_visual, spec.moved), targets, mu, items)
-    with torch.no_grad(): shortcut = shortcut_pass(model, targets, moved=spec.moved)
+        return push(
+            reading, fused_logits, shortcut_pass(model, targets, spec.constant_visual, spec.moved), targets, mu, items
+        )
+    with torch.no_grad():
+        shortcut = shortcut_pass(model, targets, moved=spec.moved)
     found = push(reading, fused_logits, shortcut, targets, mu, items)
     acts = found.active.any(1)
-    if not (spec.gradient and acts.any()): return found
+    if not (spec.gradient and acts.any()):
+        return found
     some = targets.take(acts)
-    loss = push(reading, fused_logits[acts[targets.query // targets.size[1]]], shortcut_pass(model, some, spec.constant_visual, spec.moved), some, mu,
-                targets.valid.sum().item() if items is None else items).loss
+    loss = push(
+        reading,
+        fused_logits[acts[targets.query // targets.size[1]]],
+        shortcut_pass(model, some, spec.constant_visual, spec.moved),
+        some,
+        mu,
+        targets.valid.sum().item() if items is None else items,
+    ).loss
     return found._replace(loss=loss)
 
 # %% ../../nbs/method/02_objectives.ipynb #65d270d8
@@ -123,9 +178,19 @@ def hinge(s, fused, shortcut, targets, mu):
     "max(0, s_S - mu)"
     return (s - mu).clamp(min=0), s > mu, {}
 
+
 READINGS["literal"] = Reading("max(0, sg[s_S] - mu)", "Eq. 6 as printed", hinge)
-READINGS["direct"] = Reading("max(0, s_S - mu)", "Eq. 6 without its stop-gradient; s_S of the expected box", hinge, gradient=True, gated=True)
-READINGS["features"] = Reading("max(0, s_S - mu), s_S of sg[visual tokens]", "Eq. 6, stop-gradient on the shortcut's features", hinge, gradient=True, gated=True, constant_visual=True)
+READINGS["direct"] = Reading(
+    "max(0, s_S - mu)", "Eq. 6 without its stop-gradient; s_S of the expected box", hinge, gradient=True, gated=True
+)
+READINGS["features"] = Reading(
+    "max(0, s_S - mu), s_S of sg[visual tokens]",
+    "Eq. 6, stop-gradient on the shortcut's features",
+    hinge,
+    gradient=True,
+    gated=True,
+    constant_visual=True,
+)
 
 # %% ../../nbs/method/02_objectives.ipynb #36527e3f
 def score(s, fused, shortcut, targets, mu):
@@ -133,34 +198,61 @@ def score(s, fused, shortcut, targets, mu):
     cost = (similarity(shortcut, targets, greedy=True) - mu).clamp(min=0)
     words = shortcut[targets.words].float()
     likely = -functional.cross_entropy(words, words.argmax(-1), reduction="none")
-    return cost * per_query(bin_logits(shortcut, targets).log_softmax(-1).amax(-1).mean(-1), likely, targets), cost > 0, {}
+    return (
+        cost * per_query(bin_logits(shortcut, targets).log_softmax(-1).amax(-1).mean(-1), likely, targets),
+        cost > 0,
+        {},
+    )
 
-READINGS["score"] = Reading("sg[max(0, s(ô_S, y) - mu)] log p_S(ô_S)", "Eq. 6 as the cost of a policy gradient (Williams 1992)", score, gradient=True, gated=True)
+
+READINGS["score"] = Reading(
+    "sg[max(0, s(ô_S, y) - mu)] log p_S(ô_S)",
+    "Eq. 6 as the cost of a policy gradient (Williams 1992)",
+    score,
+    gradient=True,
+    gated=True,
+)
 
 # %% ../../nbs/method/02_objectives.ipynb #b949226b
 def agreement(s, fused, shortcut, targets, mu):
     "The fused answer's similarity to a shortcut answer that is coarse."
-    def boxes(logits): return expected_boxes(logits, targets).view(-1, 6)[targets.grounded]
+
+    def boxes(logits):
+        return expected_boxes(logits, targets).view(-1, 6)[targets.grounded]
+
     said = shortcut[targets.words].argmax(-1)
-    repeated = functional.cross_entropy(fused[targets.words].float(), said, reduction="none").neg().exp() * (said != targets.labels[targets.words])
+    repeated = functional.cross_entropy(fused[targets.words].float(), said, reduction="none").neg().exp() * (
+        said != targets.labels[targets.words]
+    )
     agreed = per_query(box_iou_soft(boxes(fused), boxes(shortcut)), repeated, targets)
     return (1 - s) * (agreed - mu).clamp(min=0), (agreed > mu) & (s < 1), {"agreement": agreed}
 
-READINGS["agreement"] = Reading("(1 - sg[s_S]) max(0, s(o_F, sg[o_S]) - mu)", "the paper's \"Shortcut Suppression Loss\" (introduction)", agreement)
+
+READINGS["agreement"] = Reading(
+    "(1 - sg[s_S]) max(0, s(o_F, sg[o_S]) - mu)", 'the paper\'s "Shortcut Suppression Loss" (introduction)', agreement
+)
 
 # %% ../../nbs/method/02_objectives.ipynb #19437b63
 def reweight(s, fused, shortcut, targets, mu):
     "The alignment loss, less of it for what the shortcut can answer."
-    return (1 - (s - mu).clamp(min=0) / (1 - mu)) * query_losses(adapted_cross_entropy(fused, targets), targets), s > mu, {}
+    return (
+        (1 - (s - mu).clamp(min=0) / (1 - mu)) * query_losses(adapted_cross_entropy(fused, targets), targets),
+        s > mu,
+        {},
+    )
 
-READINGS["reweight"] = Reading("sg[v] CE(p_F, y), v = 1 - max(0, s_S - mu) / (1 - mu)", "example re-weighting (Clark et al. 2019)", reweight)
+
+READINGS["reweight"] = Reading(
+    "sg[v] CE(p_F, y), v = 1 - max(0, s_S - mu) / (1 - mu)", "example re-weighting (Clark et al. 2019)", reweight
+)
 
 # %% ../../nbs/method/02_objectives.ipynb #7f5195d7
 def poe(s, fused, shortcut, targets, mu):
     "The alignment loss of the normalised product of both passes."
     return query_losses(adapted_cross_entropy(fused + shortcut, targets), targets), targets.valid, {}
 
-READINGS["poe"] = Reading("CE(p_F sg[p_S] / Z, y)", "product of experts (Clark et al. 2019)", poe)
+
+READINGS["poe"] = Reading("CE(p_F sg[p_S] / Z, y)", "product of experts (Clark et al. 2019)", poe, margin=False)
 
 # %% ../../nbs/method/02_objectives.ipynb #a194c42d
 def whatwhere(s, fused, shortcut, targets, mu):
@@ -171,11 +263,28 @@ def whatwhere(s, fused, shortcut, targets, mu):
     localise = per_query(divergence, losses.new_zeros(len(targets.words)), targets)
     return identify + localise, targets.valid, {"identify": identify, "localise": localise}
 
-READINGS["whatwhere"] = Reading("CE(p_S of view and words, y) + KL(uniform, p_S of coordinates) / log n", "the what-where split (title, introduction); ours", whatwhere, gradient=True)
+
+READINGS["whatwhere"] = Reading(
+    "CE(p_S of view and words, y) + KL(uniform, p_S of coordinates) / log n",
+    "the what-where split (title, introduction); ours",
+    whatwhere,
+    gradient=True,
+    margin=False,
+)
 
 # %% ../../nbs/method/02_objectives.ipynb #c7baf8be
 def counterfactual(s, fused, shortcut, targets, mu):
     "The hinge of boxes; right words stay right when the geometry moves."
-    return hinge(per_query(s.flatten()[targets.grounded], s.new_zeros(len(targets.words)), targets), fused, shortcut, targets, mu)
+    return hinge(
+        per_query(s.flatten()[targets.grounded], s.new_zeros(len(targets.words)), targets), fused, shortcut, targets, mu
+    )
 
-READINGS["counterfactual"] = Reading("max(0, s(o_do, y) - mu) of boxes", "answers that do not follow a moved geometry; ours", counterfactual, gradient=True, gated=True, moved=True)
+
+READINGS["counterfactual"] = Reading(
+    "max(0, s(o_do, y) - mu) of boxes",
+    "answers that do not follow a moved geometry; ours",
+    counterfactual,
+    gradient=True,
+    gated=True,
+    moved=True,
+)

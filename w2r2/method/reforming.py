@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, linear, smooth_l1_loss
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
-from ..tasks.answers import gravity_frame
+
+from ..model.fused import FusedConfig, FusedVLM
 from ..scans.cameras import transform_points
 from ..scans.geometry import points_in_boxes
-from ..model.fused import FusedConfig, FusedVLM
+from ..tasks.answers import gravity_frame
 
 # %% ../../nbs/method/03_reforming.ipynb #d90d0e23
 def visual_slice(
@@ -28,59 +29,81 @@ def visual_slice(
 class Reforming(nn.Module):
     "Train-only heads of the what-where split. They live outside the model, and no checkpoint of it holds them."
 
-    def __init__(self,
+    def __init__(
+        self,
         config: FusedConfig,
-        radius: float = 0.5,   # r, how far the shortcut has to be off [m]
+        radius: float = 0.5,  # r, how far the shortcut has to be off [m]
     ):
         super().__init__()
         hidden = config.text_config.hidden_size
         self.config, self.radius = config, radius
         self.where, self.what = nn.Linear(hidden, 3), nn.Linear(hidden, hidden, bias=False)
 
-    def forward(self,
-        fused: torch.Tensor,                    # (B, T, hidden) `last_hidden_state` of the fused pass
+    def forward(
+        self,
+        fused: torch.Tensor,  # (B, T, hidden) `last_hidden_state` of the fused pass
         batch: dict[str, torch.Tensor],
-        shortcut: torch.Tensor | None = None,   # (B, T, hidden) that of the shortcut pass, with gradient
-    ) -> dict[str, torch.Tensor]:               # scalars "where", "what", and with a shortcut pass "similar" and "removed"
+        shortcut: torch.Tensor | None = None,  # (B, T, hidden) that of the shortcut pass, with gradient
+    ) -> dict[str, torch.Tensor]:  # scalars "where", "what", and with a shortcut pass "similar" and "removed"
         "The terms of the loss; their sum is the Representation Re-Forming loss in our reading."
         place, valid, f2d = visual_slice(batch, self.config), batch["visual_index"] >= 0, batch["f2d"]
         with3d = ~batch["shortcut"][:, None] if "shortcut" in batch else torch.ones_like(valid[:, :1])
-        def mean(values, weight): return ((values * weight).sum(1) / weight.sum(1).clamp(min=1e-6)).mean()
+
+        def mean(values, weight):
+            return ((values * weight).sum(1) / weight.sum(1).clamp(min=1e-6)).mean()
+
         points, looks = self.where(fused[:, place]), self.what(fused[:, place])
         distance = smooth_l1_loss(points, batch["geometry"][..., 12:15].to(points), reduction="none", beta=0.25).sum(-1)
-        terms = {"where": mean(distance, valid * with3d * batch["geometry"][..., 15].to(points)),
-                 "what": mean(1 - cosine_similarity(looks, f2d.to(looks), dim=-1), valid * f2d.any(-1))}
-        if shortcut is None: return terms
+        terms = {
+            "where": mean(distance, valid * with3d * batch["geometry"][..., 15].to(points)),
+            "what": mean(1 - cosine_similarity(looks, f2d.to(looks), dim=-1), valid * f2d.any(-1)),
+        }
+        if shortcut is None:
+            return terms
         other, both = shortcut[:, place], valid * with3d
         gap = linear(other, self.where.weight.detach(), self.where.bias.detach()) - points.detach()
         similar = cosine_similarity(linear(other, self.what.weight.detach()), looks.detach(), dim=-1)
-        return terms | {"similar": mean(1 - similar, both), "removed": mean((1 - torch.linalg.vector_norm(gap, dim=-1) / self.radius).relu(), both)}
+        return terms | {
+            "similar": mean(1 - similar, both),
+            "removed": mean((1 - torch.linalg.vector_norm(gap, dim=-1) / self.radius).relu(), both),
+        }
 
 # %% ../../nbs/method/03_reforming.ipynb #7fcc0ed8
 def visual_attention(
     model: FusedVLM,
     states: tuple[torch.Tensor, ...],  # `hidden_states` of a pass with `output_hidden_states=True`
     batch: dict[str, torch.Tensor],
-    layer: int = 0,                    # of the decoder; in the embedded backbone the first looks at what is asked for, the last hardly does (`diagnose.attention_on_target`)
-) -> torch.Tensor:                     # (B, Q, N) sums to 1; 0 for a query that is not answered by a box
+    layer: int = 0,  # of the decoder; in the embedded backbone the first looks at what is asked for, the last hardly does (`diagnose.attention_on_target`)
+) -> torch.Tensor:  # (B, Q, N) sums to 1; 0 for a query that is not answered by a box
     "How the tokens that answer with a box share their attention among the visual tokens."
     decoder, place = model.vlm.model.language_model, visual_slice(batch, model.config)
     block, states = decoder.layers[layer], states[layer % len(decoder.layers)]
     attention, states = block.self_attn, block.input_layernorm(states)
-    def heads(values): return values.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    query, key = apply_rotary_pos_emb(heads(attention.q_proj(states)), heads(attention.k_proj(states)), *decoder.rotary_emb(states, batch["position_ids"]))
+
+    def heads(values):
+        return values.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    query, key = apply_rotary_pos_emb(
+        heads(attention.q_proj(states)),
+        heads(attention.k_proj(states)),
+        *decoder.rotary_emb(states, batch["position_ids"]),
+    )
     key = key[:, :, place].repeat_interleave(attention.num_key_value_groups, 1)
     scores = query @ key.mT * attention.scaling
-    weights = scores.masked_fill(batch["visual_index"][:, None, None] < 0, torch.finfo(scores.dtype).min).softmax(-1).mean(1)       # (B, T, N)
+    weights = (
+        scores.masked_fill(batch["visual_index"][:, None, None] < 0, torch.finfo(scores.dtype).min).softmax(-1).mean(1)
+    )  # (B, T, N)
     queries = torch.arange(batch["boxes"].shape[1], device=weights.device)
-    mine = ((batch["segment"][:, None] == queries[:, None]) & (batch["answer_slot"][:, None] >= 0)).to(weights)                    # (B, Q, T)
+    mine = ((batch["segment"][:, None] == queries[:, None]) & (batch["answer_slot"][:, None] >= 0)).to(
+        weights
+    )  # (B, Q, T)
     return mine @ weights / mine.sum(-1, keepdim=True).clamp(min=1)
 
 # %% ../../nbs/method/03_reforming.ipynb #b53fec1a
 def on_target(
     batch: dict[str, torch.Tensor],  # `geometry` of the visual tokens, `poses`, `boxes`
-    margin: float = 0.1,             # around the box [m]
-) -> torch.Tensor:                   # (B, Q, N) bool
+    margin: float = 0.1,  # around the box [m]
+) -> torch.Tensor:  # (B, Q, N) bool
     "Visual tokens whose mean point lies in the box of a query."
     points = transform_points(gravity_frame(batch["poses"][:, 0]), batch["geometry"][..., 12:15].to(batch["poses"]))
     boxes = batch["boxes"].to(points) + 2 * margin * points.new_tensor([0, 0, 0, 1, 1, 1])
@@ -88,14 +111,15 @@ def on_target(
 
 # %% ../../nbs/method/03_reforming.ipynb #42a29833
 def anchor_agreement(
-    fused: torch.Tensor,             # (B, Q, N) `visual_attention` of the fused pass
-    shortcut: torch.Tensor,          # (B, Q, N) that of the shortcut pass; no gradient flows into it
+    fused: torch.Tensor,  # (B, Q, N) `visual_attention` of the fused pass
+    shortcut: torch.Tensor,  # (B, Q, N) that of the shortcut pass; no gradient flows into it
     batch: dict[str, torch.Tensor],
-    margin: float = 0.1,             # see `on_target`
+    margin: float = 0.1,  # see `on_target`
 ) -> torch.Tensor:
     "Looking with the shortcut at the same wrong token, beyond chance: mean per scene over the queries answered by a box, then over scenes."
     together = (fused * shortcut.detach() * ~on_target(batch, margin)).sum(-1)
     excess = (together - 1 / (batch["visual_index"] >= 0).sum(-1, keepdim=True)).relu()
     asked = (fused.detach().sum(-1) > 0).to(fused)
-    if "shortcut" in batch: asked = asked * ~batch["shortcut"][:, None]
+    if "shortcut" in batch:
+        asked = asked * ~batch["shortcut"][:, None]
     return ((excess * asked).sum(1) / asked.sum(1).clamp(min=1)).mean()

@@ -12,7 +12,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,60 +22,98 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
+
 from .alignment import Targets, align
-from ..model.features import TASKS
 from .interventions import Interventions
-from ..model.fused import INPUTS
 from .objectives import READINGS, deter
 from .reforming import Reforming, anchor_agreement, visual_attention
+from ..model.features import TASKS
+from ..model.fused import INPUTS
 
 # %% ../../nbs/method/04_trainer.ipynb #d32cf758
 @dataclass
 class W2R2Config(TrainingArguments):
     "Arguments of `W2R2Trainer`; raises ValueError for values that mean nothing."
+
     lam: float = field(default=1.5, metadata={"help": "lambda of Eq. 7, weight of the deterrence loss."})
-    mu: float = field(default=0.7, metadata={"help": "mu of Eq. 6, the similarity up to which a 2D-only answer is tolerated."})
-    reading: str = field(default="none", metadata={"help": "Reading of Eq. 6, a name in w2r2.method.objectives.READINGS; 'none' is plain fine-tuning."})
-    push_every: int = field(default=1, metadata={"help": "Push on every n-th scene only, n times as hard: the same loss on average."})
+    mu: float = field(
+        default=0.7, metadata={"help": "mu of Eq. 6, the similarity up to which a 2D-only answer is tolerated."}
+    )
+    reading: str = field(
+        default="none",
+        metadata={"help": "Reading of Eq. 6, a name in w2r2.method.objectives.READINGS; 'none' is plain fine-tuning."},
+    )
+    push_every: int = field(
+        default=1, metadata={"help": "Push on every n-th scene only, n times as hard: the same loss on average."}
+    )
     intervene: float = field(default=0.0, metadata={"help": "Share of scenes with a geometric intervention, do(F3D)."})
-    disturb: float = field(default=0.0, metadata={"help": "Share of scenes whose geometry moves without the target (control)."})
+    disturb: float = field(
+        default=0.0, metadata={"help": "Share of scenes whose geometry moves without the target (control)."}
+    )
     drop2d: float = field(default=0.0, metadata={"help": "Share of scenes without F2D (control)."})
     drop3d: float = field(default=0.0, metadata={"help": "Share of scenes without F3D (control)."})
     reform: float = field(default=0.0, metadata={"help": "Weight of the re-forming loss, of the fused pass."})
     anchors: float = field(default=0.0, metadata={"help": "Weight of the loss on attention anchors."})
     sigma: float = field(default=1.0, metadata={"help": "Width of the soft labels of coordinates, in bins."})
-    curriculum: int = field(default=0, metadata={"help": "Steps until coordinates count as much as other tokens; see coordinate_weight."})
-    muon_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate of Muon for the matrices of the decoder layers; 0 leaves them to the optimizer of everything else."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the losses read more of a batch than the model does."})
-    disable_tqdm: bool = field(default=True, metadata={"help": "No progress bar, and nothing printed; the log is in trainer.state.log_history."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is no number is logged as it is."})
-    ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "Every trainable parameter is used in every step."})
+    curriculum: int = field(
+        default=0, metadata={"help": "Steps until coordinates count as much as other tokens; see coordinate_weight."}
+    )
+    muon_learning_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "Learning rate of Muon for the matrices of the decoder layers; 0 leaves them to the optimizer of everything else."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the losses read more of a batch than the model does."}
+    )
+    disable_tqdm: bool = field(
+        default=True,
+        metadata={"help": "No progress bar, and nothing printed; the log is in trainer.state.log_history."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "A loss that is no number is logged as it is."}
+    )
+    ddp_find_unused_parameters: bool = field(
+        default=False, metadata={"help": "Every trainable parameter is used in every step."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.reading not in READINGS: raise ValueError(f"reading={self.reading!r} of Eq. 6 does not exist; use one of {list(READINGS)}")
-        if not 0 <= self.mu < 1: raise ValueError(f"mu={self.mu} is compared with a similarity: take 0 <= mu < 1")
-        if self.push_every < 1: raise ValueError(f"push_every={self.push_every}: 1 pushes on every scene, n on every n-th")
-        if min(self.lam, self.reform, self.anchors, self.muon_learning_rate, self.curriculum) < 0: raise ValueError("lam, reform, anchors, muon_learning_rate and curriculum cannot be negative")
-        if self.remove_unused_columns: raise ValueError("remove_unused_columns=True would take away what the losses need; leave it False")
+        if self.reading not in READINGS:
+            raise ValueError(f"reading={self.reading!r} of Eq. 6 does not exist; use one of {list(READINGS)}")
+        if not 0 <= self.mu < 1:
+            raise ValueError(f"mu={self.mu} is compared with a similarity: take 0 <= mu < 1")
+        if self.push_every < 1:
+            raise ValueError(f"push_every={self.push_every}: 1 pushes on every scene, n on every n-th")
+        if min(self.lam, self.reform, self.anchors, self.muon_learning_rate, self.curriculum) < 0:
+            raise ValueError("lam, reform, anchors, muon_learning_rate and curriculum cannot be negative")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would take away what the losses need; leave it False")
 
 # %% ../../nbs/method/04_trainer.ipynb #3f0bc8b1
 def check_one_thread():
     "Raises RuntimeError if PyTorch would use more than one thread in this process."
     if torch.get_num_threads() != 1:
-        raise RuntimeError(f"PyTorch uses {torch.get_num_threads()} threads; workers that share the cores need one each: set OMP_NUM_THREADS=1 before Python "
-                           "starts, and look for an import that calls torch.set_num_threads")
+        raise RuntimeError(
+            f"PyTorch uses {torch.get_num_threads()} threads; workers that share the cores need one each: set OMP_NUM_THREADS=1 before Python "
+            "starts, and look for an import that calls torch.set_num_threads"
+        )
 
 # %% ../../nbs/method/04_trainer.ipynb #6503d1ab
 class Order(Sampler):
     "The scenes of an epoch in random order, as numbers `epoch * count + scene`."
-    def __init__(self,
-        count: int,                # of scenes
+
+    def __init__(
+        self,
+        count: int,  # of scenes
         seed: int,
         epoch: Callable[[], int],  # asked when an epoch begins
-    ): self.count, self.seed, self.epoch = count, seed, epoch
+    ):
+        self.count, self.seed, self.epoch = count, seed, epoch
 
-    def __len__(self): return self.count
+    def __len__(self):
+        return self.count
 
     def __iter__(self) -> Iterator[int]:
         epoch = self.epoch()
@@ -82,18 +122,24 @@ class Order(Sampler):
 # %% ../../nbs/method/04_trainer.ipynb #71f8d6db
 class Epochs(Dataset):
     "The scenes of a data set as they are trained on: item `epoch * len(scenes) + scene` is the scene as that epoch draws it, changed by that epoch's intervention."
-    def __init__(self,
+
+    def __init__(
+        self,
         scenes: Dataset,  # `w2r2.model.scenes.Scenes`, or any with `set_epoch`
         seed: int,
         change: Callable[[dict, np.random.Generator], dict],  # `w2r2.method.interventions.Interventions`
-    ): self.scenes, self.seed, self.change = scenes, seed, change
+    ):
+        self.scenes, self.seed, self.change = scenes, seed, change
 
-    def __len__(self): return len(self.scenes)
+    def __len__(self):
+        return len(self.scenes)
 
     def __getitem__(self, item: int) -> dict:
         epoch, scene = divmod(item, len(self.scenes))
         self.scenes.set_epoch(epoch)
-        return self.change(self.scenes[scene], np.random.default_rng([self.seed, epoch, scene, 1]))   # 1: not the numbers that drew the queries
+        return self.change(
+            self.scenes[scene], np.random.default_rng([self.seed, epoch, scene, 1])
+        )  # 1: not the numbers that drew the queries
 
 # %% ../../nbs/method/04_trainer.ipynb #584baeb1
 def coordinate_weight(
@@ -106,6 +152,7 @@ def coordinate_weight(
 # %% ../../nbs/method/04_trainer.ipynb #e9d7d6f7
 class Together(torch.optim.Optimizer):
     "Several optimizers for different parameters, as one; schedulers scale the learning rate of each."
+
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
@@ -113,50 +160,59 @@ class Together(torch.optim.Optimizer):
     def step(self, closure=None):
         "One step of each."
         loss = None if closure is None else closure()
-        for optimizer in self.optimizers: optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return loss
 
-    def state_dict(self): return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+    def state_dict(self):
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state):
-        for optimizer, part in zip(self.optimizers, state["optimizers"], strict=True): optimizer.load_state_dict(part)
+        for optimizer, part in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(part)
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 # %% ../../nbs/method/04_trainer.ipynb #b7d10b8c
 def last_checkpoint(
     folder: str | Path,  # `output_dir` of a run
-) -> str | None:         # for `Trainer.train(resume_from_checkpoint=...)`
+) -> str | None:  # for `Trainer.train(resume_from_checkpoint=...)`
     "The newest complete checkpoint of a run, or None."
+
     def complete(path):
-        try: return bool(json.loads((path / "trainer_state.json").read_text()))
-        except (OSError, json.JSONDecodeError): return False
+        try:
+            return bool(json.loads((path / "trainer_state.json").read_text()))
+        except (OSError, json.JSONDecodeError):
+            return False
+
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal() and complete(path)]
     return str(max(found, key=lambda path: int(path.name[11:]))) if found else None
 
 # %% ../../nbs/method/04_trainer.ipynb #23966c5a
-TRAIN_ONLY = "train_only.safetensors"   # in a checkpoint: what training needs and the model has not
+TRAIN_ONLY = "train_only.safetensors"  # in a checkpoint: what training needs and the model has not
+
 
 class W2R2Trainer(Trainer):
     "Trains a `FusedVLM` by Eq. 7. For data-parallel training; the number of shortcut passes may differ between processes, which sharded models do not allow."
 
-    def __init__(self,
-        model: nn.Module,         # `w2r2.model.fused.FusedVLM`
+    def __init__(
+        self,
+        model: nn.Module,  # `w2r2.model.fused.FusedVLM`
         args: W2R2Config,
-        train_dataset: Dataset,   # of scenes: `w2r2.model.scenes.Scenes`
+        train_dataset: Dataset,  # of scenes: `w2r2.model.scenes.Scenes`
         data_collator: Callable,  # to batches: `w2r2.model.scenes.Collator`
-        **kwargs,                 # of `transformers.Trainer`
+        **kwargs,  # of `transformers.Trainer`
     ):
         self.packer = data_collator.packer
         change = Interventions(args.intervene, args.disturb, args.drop2d, args.drop3d, bins=self.packer.bins)
         super().__init__(model, args, data_collator, Epochs(train_dataset, args.seed, change), **kwargs)
-        self.loss_is_scaled_for_ga = True     # `compute_loss` divides by the queries of the whole step
+        self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the queries of the whole step
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
             self.heads = Reforming(model.config).to(args.device) if args.reform else None
         self._calls, self._terms = 0, defaultdict(lambda: [0.0, 0])
         if args.disable_tqdm:
             self.remove_callback(PrinterCallback)
-            logging.disable_progress_bar()     # of saving and loading
+            logging.disable_progress_bar()  # of saving and loading
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         return Order(len(self.train_dataset), self.args.seed, lambda: int(self.state.epoch))
@@ -168,35 +224,65 @@ class W2R2Trainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         "Trainer's own, with the heads; and with Muon for the matrices of the decoder layers, if asked for."
-        if self.optimizer is not None: return self.optimizer
+        if self.optimizer is not None:
+            return self.optimizer
         layers = self.model.vlm.model.language_model.layers if self.args.muon_learning_rate else nn.Module()
         matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2 and parameter.requires_grad]
-        for parameter in matrices: parameter.requires_grad_(False)           # Trainer takes what needs a gradient
+        for parameter in matrices:
+            parameter.requires_grad_(False)  # Trainer takes what needs a gradient
         super().create_optimizer(model)
-        for parameter in matrices: parameter.requires_grad_(True)
+        for parameter in matrices:
+            parameter.requires_grad_(True)
         if self.heads is not None:
             self.optimizer.add_param_group({"params": list(self.heads.parameters()), "weight_decay": 0.0})
-            self.optimizer.register_step_post_hook(lambda *_: self.heads.zero_grad())     # Trainer clears the gradients of the model alone
+            self.optimizer.register_step_post_hook(
+                lambda *_: self.heads.zero_grad()
+            )  # Trainer clears the gradients of the model alone
             self.heads = self.accelerator.prepare_model(self.heads)
-        if matrices: self.optimizer = Together(self.optimizer, torch.optim.Muon(matrices, self.args.muon_learning_rate, weight_decay=self.args.weight_decay))
+        if matrices:
+            self.optimizer = Together(
+                self.optimizer,
+                torch.optim.Muon(matrices, self.args.muon_learning_rate, weight_decay=self.args.weight_decay),
+            )
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Eq. 7, and the terms that the introduction names."
         args, step = self.args, self.state.global_step
-        targets = Targets(inputs, self.packer.bins, self.packer.first_bin, args.sigma, coordinate_weight(step, args.curriculum))
+        targets = Targets(
+            inputs, self.packer.bins, self.packer.first_bin, args.sigma, coordinate_weight(step, args.curriculum)
+        )
         micro_batches = self.current_gradient_accumulation_steps if model.training else 1
-        items = targets.valid.sum() if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes    # gradients are averaged over processes
-        fused = model(**{name: inputs[name] for name in INPUTS}, shortcut=inputs.get("shortcut", False), logits_to_keep=inputs["labels"] >= 0, output_hidden_states=args.anchors > 0)
+        items = (
+            targets.valid.sum() if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
+        )  # gradients are averaged over processes
+        fused = model(
+            **{name: inputs[name] for name in INPUTS},
+            shortcut=inputs.get("shortcut", False),
+            logits_to_keep=inputs["labels"] >= 0,
+            output_hidden_states=args.anchors > 0,
+        )
         aligned = align(fused.logits, targets, items)
         loss, means, parts = aligned.loss, dict(aligned.logs), {"align": aligned.loss}
         scenes = self._pushed_on(len(targets.valid)).to(loss.device)
         if args.reading != "none" and scenes.any():
-            pushed = deter(self.accelerator.unwrap_model(model), targets, fused.logits, args.reading, args.mu, scenes=None if scenes.all() else scenes, items=items / args.push_every)
+            pushed = deter(
+                self.accelerator.unwrap_model(model),
+                targets,
+                fused.logits,
+                args.reading,
+                args.mu,
+                scenes=None if scenes.all() else scenes,
+                items=items / args.push_every,
+            )
             loss = loss + args.lam * pushed.loss
             parts |= pushed.logs
             asked = inputs["tasks"][scenes]
-            means |= {f"activation {task}": pushed.active[asked == number].float().mean() for number, task in enumerate(TASKS) if (asked == number).any()}
+            means |= {
+                f"activation {task}": pushed.active[asked == number].float().mean()
+                for number, task in enumerate(TASKS)
+                if (asked == number).any()
+            }
         if args.anchors and scenes.any():
             means["anchors"] = self._anchors(self.accelerator.unwrap_model(model), fused.hidden_states, targets, scenes)
             loss = loss + args.anchors * means["anchors"] * scenes.float().mean() * args.push_every / micro_batches
@@ -204,7 +290,8 @@ class W2R2Trainer(Trainer):
             terms = self.heads(fused.last_hidden_state, inputs)
             loss = loss + args.reform * sum(terms.values()) / micro_batches
             means |= {f"reform_{name}": value for name, value in terms.items()}
-        if model.training: self._note(means, {name: value * micro_batches for name, value in parts.items()})
+        if model.training:
+            self._note(means, {name: value * micro_batches for name, value in parts.items()})
         return (loss, fused) if return_outputs else loss
 
     def _pushed_on(self, count: int) -> torch.Tensor:
@@ -215,8 +302,18 @@ class W2R2Trainer(Trainer):
     def _anchors(self, model, states, targets, scenes) -> torch.Tensor:
         "Agreement of the fused pass with the shortcut's wrong anchors, for some scenes."
         batch = targets.take(scenes).batch
-        with torch.no_grad(): shortcut = model(**{name: batch[name] for name in INPUTS}, shortcut=True, logits_to_keep=batch["labels"] >= 0, output_hidden_states=True).hidden_states
-        return anchor_agreement(visual_attention(model, tuple(state[scenes] for state in states), batch), visual_attention(model, shortcut, batch), batch)
+        with torch.no_grad():
+            shortcut = model(
+                **{name: batch[name] for name in INPUTS},
+                shortcut=True,
+                logits_to_keep=batch["labels"] >= 0,
+                output_hidden_states=True,
+            ).hidden_states
+        return anchor_agreement(
+            visual_attention(model, tuple(state[scenes] for state in states), batch),
+            visual_attention(model, shortcut, batch),
+            batch,
+        )
 
     def _note(self, means: dict[str, torch.Tensor], parts: dict[str, torch.Tensor]):
         "Add to what is logged next: means over the calls that have them, and parts of the loss, which are 0 in a call without."
@@ -224,34 +321,45 @@ class W2R2Trainer(Trainer):
         for name, value in (means | parts).items():
             total = self._terms[name]
             total[0] = total[0] + value.detach()
-            if name in means: total[1] += 1
+            if name in means:
+                total[1] += 1
 
     def log(self, logs, start_time=None):
         "As in `Trainer`, with the terms of the loss by name, averaged over steps and processes; and lambda and mu."
         if "loss" in logs:
-            noted = gather_object([{name: (float(total), count or self._calls) for name, (total, count) in self._terms.items()}])
+            noted = gather_object(
+                [{name: (float(total), count or self._calls) for name, (total, count) in self._terms.items()}]
+            )
             self._calls = 0
             self._terms.clear()
             for name in dict.fromkeys(name for process in noted for name in process):
                 totals, counts = zip(*(process.get(name, (0.0, 0)) for process in noted))
                 logs[name] = sum(totals) / sum(counts)
-            if self.args.reading != "none": logs |= {"lam": self.args.lam, "mu": self.args.mu}
+            if self.args.reading != "none":
+                logs |= {"lam": self.args.lam, "mu": self.args.mu}
         super().log(logs, start_time)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)   # a pickle with paths of this machine, which nothing reads
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(
+            missing_ok=True
+        )  # a pickle with paths of this machine, which nothing reads
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # files have the names of the published Qwen weights: `from_pretrained` translates them, Trainer's own loading would skip them with a warning
-        self.model.load_state_dict(type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype).state_dict())
+        self.model.load_state_dict(
+            type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype).state_dict()
+        )
 
-    def _load_best_model(self): self._load_from_checkpoint(self.state.best_model_checkpoint)
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.heads is not None and self.args.should_save: save_file(self.accelerator.unwrap_model(self.heads).state_dict(), Path(output_dir) / TRAIN_ONLY)
+        if self.heads is not None and self.args.should_save:
+            save_file(self.accelerator.unwrap_model(self.heads).state_dict(), Path(output_dir) / TRAIN_ONLY)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.heads is not None and checkpoint is not None: self.accelerator.unwrap_model(self.heads).load_state_dict(load_file(Path(checkpoint) / TRAIN_ONLY))
+        if self.heads is not None and checkpoint is not None:
+            self.accelerator.unwrap_model(self.heads).load_state_dict(load_file(Path(checkpoint) / TRAIN_ONLY))

@@ -7,11 +7,11 @@ __all__ = ['PROTOCOLS', 'measures', 'scanrefer', 'scan2cap', 'scanqa']
 
 # %% ../../nbs/metrics/05_protocols.ipynb #5d85282a
 from . import accuracy, dense_captions, exact_match
-from .statistics import Measure
+
 # not used below: the names under which the rest of the project asks for them here
 from .accuracy import unique_multiple
 from .captions import caption_scores
-from .statistics import bootstrap, paired_difference
+from .statistics import Measure, bootstrap, paired_difference
 
 # %% ../../nbs/metrics/05_protocols.ipynb #2660e973
 PROTOCOLS = {
@@ -22,27 +22,35 @@ PROTOCOLS = {
 
 # %% ../../nbs/metrics/05_protocols.ipynb #ad20e4e1
 def measures(
-    benchmark: str,      # "scanrefer", "scan2cap" or "scanqa"
-    predictions,         # list of records, or for Scan2Cap a dictionary by object or scene
-    annotations: list,   # records of the benchmark
-    protocol: str,       # one of PROTOCOLS[benchmark]
-    k: float = 0.5,      # Scan2Cap: overlap that counts as found
-    with_meteor=False,   # also METEOR (Java)
+    benchmark: str,  # "scanrefer", "scan2cap" or "scanqa"
+    predictions,  # list of records, or for Scan2Cap a dictionary by object or scene
+    annotations: list,  # records of the benchmark
+    protocol: str,  # one of PROTOCOLS[benchmark]
+    k: float = 0.5,  # Scan2Cap: overlap that counts as found
+    with_meteor=False,  # also METEOR (Java)
 ) -> list[Measure]:
     "The figures of a benchmark with the values behind them; `ValueError` for an unknown benchmark or protocol, or for records that do not fit."
     if protocol not in PROTOCOLS.get(benchmark, ()):
-        raise ValueError(f"no protocol {protocol!r} for benchmark {benchmark!r}; there are "
-                         + "; ".join(f"{name}: {', '.join(names)}" for name, names in PROTOCOLS.items()))
-    if benchmark == "scanrefer": return accuracy.accuracy_measures(accuracy.grounding_records(predictions, annotations, protocol))
-    if benchmark == "scanqa": return exact_match.answer_measures(predictions, annotations, protocol, with_meteor)
-    if protocol == "scan2cap_benchmark": return dense_captions.benchmark_measures(predictions, annotations, k, with_meteor)
-    return dense_captions.caption_measures(*dense_captions.caption_corpus(predictions, annotations, k, protocol),
-                                           dense_captions.PROTOCOLS[protocol].scale, with_meteor)
+        raise ValueError(
+            f"no protocol {protocol!r} for benchmark {benchmark!r}; there are "
+            + "; ".join(f"{name}: {', '.join(names)}" for name, names in PROTOCOLS.items())
+        )
+    if benchmark == "scanrefer":
+        return accuracy.accuracy_measures(accuracy.grounding_records(predictions, annotations, protocol))
+    if benchmark == "scanqa":
+        return exact_match.answer_measures(predictions, annotations, protocol, with_meteor)
+    if protocol == "scan2cap_benchmark":
+        return dense_captions.benchmark_measures(predictions, annotations, k, with_meteor)
+    return dense_captions.caption_measures(
+        *dense_captions.caption_corpus(predictions, annotations, k, protocol),
+        dense_captions.PROTOCOLS[protocol].scale,
+        with_meteor,
+    )
 
 # %% ../../nbs/metrics/05_protocols.ipynb #acfd991b
 def scanrefer(
-    predictions: list,            # records with scene_id, object_id, ann_id, bbox: 6 numbers, 9 numbers, 8 corners, or None
-    annotations: list,            # the same with the true bbox, and perhaps unique_multiple, others
+    predictions: list,  # records with scene_id, object_id, ann_id, bbox: 6 numbers, 9 numbers, 8 corners, or None
+    annotations: list,  # the same with the true bbox, and perhaps unique_multiple, others
     protocol: str = "scanrefer",  # one of PROTOCOLS["scanrefer"]
 ) -> dict:  # "Acc@0.25", "Acc@0.5", "Acc@0.25 unique", ... as fractions
     "ScanRefer's accuracies; raises `ValueError` as `measures`."
@@ -50,21 +58,21 @@ def scanrefer(
 
 # %% ../../nbs/metrics/05_protocols.ipynb #280ceef0
 def scan2cap(
-    predictions: dict,           # "scene|object|name" -> {"caption", "iou" or "box"}; for scan2cap_benchmark: scene -> list of {"caption", "box"}
-    annotations: list,           # ScanRefer records, with bbox where predictions give boxes
-    k: float = 0.5,              # overlap that counts as found
+    predictions: dict,  # "scene|object|name" -> {"caption", "iou" or "box"}; for scan2cap_benchmark: scene -> list of {"caption", "box"}
+    annotations: list,  # ScanRefer records, with bbox where predictions give boxes
+    k: float = 0.5,  # overlap that counts as found
     protocol: str = "scan2cap",  # one of PROTOCOLS["scan2cap"]
-    with_meteor=False,           # also METEOR (None where Java is missing)
+    with_meteor=False,  # also METEOR (None where Java is missing)
 ) -> dict:  # "BLEU-1", ..., "CIDEr", "ROUGE-L", "METEOR" in the units of the protocol
     "Scan2Cap's caption scores at IoU k; raises `ValueError` as `measures`."
     return {m.name: m.figure for m in measures("scan2cap", predictions, annotations, protocol, k, with_meteor)}
 
 # %% ../../nbs/metrics/05_protocols.ipynb #23ef4300
 def scanqa(
-    predictions: list,         # records with question_id and answer_top10 (list) or answer (string)
-    annotations: list,         # ScanQA records with scene_id, question_id, answers
+    predictions: list,  # records with question_id and answer_top10 (list) or answer (string)
+    annotations: list,  # ScanQA records with scene_id, question_id, answers
     protocol: str = "scanqa",  # one of PROTOCOLS["scanqa"]
-    with_meteor=False,         # also METEOR (None where Java is missing)
+    with_meteor=False,  # also METEOR (None where Java is missing)
 ) -> dict:  # "EM@1", "EM@10" or "EM", "refined EM", and the caption scores, in the units of the protocol
     "ScanQA's figures; raises `ValueError` as `measures`."
     return {m.name: m.figure for m in measures("scanqa", predictions, annotations, protocol, with_meteor=with_meteor)}

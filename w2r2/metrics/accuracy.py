@@ -13,60 +13,89 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..scans.geometry import EPSILON, bounding_box, box_iou, box_iou_oriented
 from .statistics import Measure
+from ..scans.geometry import EPSILON, bounding_box, box_iou, box_iou_oriented
 
 # %% ../../nbs/metrics/01_accuracy.ipynb #4b5614f1
 def as_boxes(
-    boxes: list,   # each: 6 numbers, 9 numbers, 8 corners of 3 numbers, or None
+    boxes: list,  # each: 6 numbers, 9 numbers, 8 corners of 3 numbers, or None
 ) -> torch.Tensor:  # (n, 6), or (n, 9) if any box has nine numbers; NaN rows for None
     "Boxes of a file as one float64 tensor; corners give the box that bounds them; `ValueError` for any other shape."
     by_length = defaultdict(list)
     for i, box in enumerate(boxes):
         shape = () if box is None else np.shape(box)
         if shape not in ((), (6,), (9,), (8, 3)):
-            raise ValueError(f"box {i} has shape {shape}; give 6 numbers (centre, size), 9 (and three angles), or 8 corners")
-        if shape: by_length[len(box)].append(i)
+            raise ValueError(
+                f"box {i} has shape {shape}; give 6 numbers (centre, size), 9 (and three angles), or 8 corners"
+            )
+        if shape:
+            by_length[len(box)].append(i)
     rows = torch.full((len(boxes), 9 if 9 in by_length else 6), torch.nan, dtype=torch.float64)
     for length, where in by_length.items():
         part = torch.from_numpy(np.array([boxes[i] for i in where], float))
-        if length == 8: part = bounding_box(part)
+        if length == 8:
+            part = bounding_box(part)
         rows[where] = torch.nn.functional.pad(part, (0, rows.shape[1] - part.shape[1]))
     return rows
 
 # %% ../../nbs/metrics/01_accuracy.ipynb #380c14fe
 PROTOCOLS = ("scanrefer", "video3dllm", "seqvlm", "seeground", "vlm_grounder", "vgllm")
 
+
 def overlaps(
-    predicted: list,             # boxes, see `as_boxes`
-    annotated: list,             # boxes, as many
-    protocol: str = "scanrefer", # one of PROTOCOLS
+    predicted: list,  # boxes, see `as_boxes`
+    annotated: list,  # boxes, as many
+    protocol: str = "scanrefer",  # one of PROTOCOLS
 ) -> np.ndarray:  # (n,) IoU, 0 where a box is missing
     "IoU of pairs of boxes as the named evaluator computes it; `ValueError` for an unknown protocol or angles that it cannot take."
-    if protocol not in PROTOCOLS: raise ValueError(f"protocol {protocol!r} is unknown; ScanRefer is scored by one of {', '.join(PROTOCOLS)}")
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r} is unknown; ScanRefer is scored by one of {', '.join(PROTOCOLS)}")
     a, b = as_boxes(predicted), as_boxes(annotated)
     if protocol == "vgllm":
         a, b = (torch.nn.functional.pad(boxes, (0, 9 - boxes.shape[1])) for boxes in (a, b))
         iou = box_iou_oriented(a, b, EPSILON[protocol])
-    elif 9 in (a.shape[1], b.shape[1]): raise ValueError(f"protocol {protocol!r} takes axis-aligned boxes of 6 numbers, not 9")
-    else: iou = box_iou(a, b, EPSILON[protocol])
+    elif 9 in (a.shape[1], b.shape[1]):
+        raise ValueError(f"protocol {protocol!r} takes axis-aligned boxes of 6 numbers, not 9")
+    else:
+        iou = box_iou(a, b, EPSILON[protocol])
     return iou.nan_to_num(0).numpy()
 
 # %% ../../nbs/metrics/01_accuracy.ipynb #72d394aa
-NYU17 = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36)    # NYU40 ids of ScanRefer's classes without "others"
+NYU17 = (
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    10,
+    11,
+    12,
+    14,
+    16,
+    24,
+    28,
+    33,
+    34,
+    36,
+)  # NYU40 ids of ScanRefer's classes without "others"
 RULES = {"scanrefer": NYU17, "video3dllm": (1, 2, *NYU17)}
 
+
 def unique_multiple(
-    annotations: list,         # ScanRefer records: scene_id, object_id, object_name
-    labels: dict,              # raw label -> NYU40 id (`LabelTable.nyu40id`); a label that is missing belongs to "others"
-    rule: str = "scanrefer",   # one of RULES
+    annotations: list,  # ScanRefer records: scene_id, object_id, object_name
+    labels: dict,  # raw label -> NYU40 id (`LabelTable.nyu40id`); a label that is missing belongs to "others"
+    rule: str = "scanrefer",  # one of RULES
 ) -> list:  # of {"unique_multiple": 0 unique, 1 multiple; "others": 1 if in ScanRefer's class "others"}, the words of ScanRefer's benchmark
     "Which descriptions are unique among the objects of the list; `ValueError` for an unknown rule."
-    if rule not in RULES: raise ValueError(f"rule {rule!r} is unknown; use one of {', '.join(RULES)}")
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r} is unknown; use one of {', '.join(RULES)}")
     ids = [labels.get(record["object_name"].replace("_", " ")) for record in annotations]
     keys = [(record["scene_id"], i if i in RULES[rule] else None) for record, i in zip(annotations, ids)]
     objects = defaultdict(set)
-    for key, record in zip(keys, annotations): objects[key].add(str(record["object_id"]))
+    for key, record in zip(keys, annotations):
+        objects[key].add(str(record["object_id"]))
     return [{"unique_multiple": int(len(objects[key]) > 1), "others": int(i not in NYU17)} for key, i in zip(keys, ids)]
 
 # %% ../../nbs/metrics/01_accuracy.ipynb #5cc392d8
@@ -74,9 +103,10 @@ def grounding_key(record: dict) -> tuple:
     "Scene, object and description number as strings: some files hold numbers."
     return str(record["scene_id"]), str(record["object_id"]), str(record["ann_id"])
 
+
 def grounding_records(
-    predictions: list,            # records with scene_id, object_id, ann_id, bbox (see `as_boxes`)
-    annotations: list,            # the same, and perhaps unique_multiple and others
+    predictions: list,  # records with scene_id, object_id, ann_id, bbox (see `as_boxes`)
+    annotations: list,  # the same, and perhaps unique_multiple and others
     protocol: str = "scanrefer",  # one of PROTOCOLS
 ) -> pd.DataFrame:  # index (scene, object, description), columns iou, multiple, others (NaN where no file says)
     "Every description with the overlap of its prediction; `ValueError` for a key that comes twice."
@@ -89,10 +119,15 @@ def grounding_records(
     predicted, annotated = files
     keys = list(annotated) + [key for key in predicted if key not in annotated]
     pairs = [(predicted.get(key, {}), annotated.get(key, {})) for key in keys]
-    def label(name): return [float(a.get(name, p.get(name, np.nan))) for p, a in pairs]
+
+    def label(name):
+        return [float(a.get(name, p.get(name, np.nan))) for p, a in pairs]
+
     iou = overlaps([p.get("bbox") for p, _ in pairs], [a.get("bbox") for _, a in pairs], protocol)
-    return pd.DataFrame({"iou": iou, "multiple": label("unique_multiple"), "others": label("others")},
-                        index=pd.MultiIndex.from_tuples(keys, names=["scene", "object", "description"]))
+    return pd.DataFrame(
+        {"iou": iou, "multiple": label("unique_multiple"), "others": label("others")},
+        index=pd.MultiIndex.from_tuples(keys, names=["scene", "object", "description"]),
+    )
 
 # %% ../../nbs/metrics/01_accuracy.ipynb #2914c247
 def accuracy_measures(
@@ -103,9 +138,19 @@ def accuracy_measures(
     for first, multiple in (("", None), ("unique", 0), ("multiple", 1)):
         for second, others in (("", None), ("others", 1), ("not others", 0)):
             chosen = records
-            if multiple is not None: chosen = chosen[chosen.multiple == multiple]
-            if others is not None: chosen = chosen[chosen.others == others]
+            if multiple is not None:
+                chosen = chosen[chosen.multiple == multiple]
+            if others is not None:
+                chosen = chosen[chosen.others == others]
             subset = ", ".join(filter(None, (first, second)))
-            if len(chosen): measures += [Measure(f"Acc@{k} {subset}".strip(), (chosen.iou >= k).to_numpy(float), chosen.index.get_level_values("scene").to_numpy(), share=True)
-                                         for k in (.25, .5)]
+            if len(chosen):
+                measures += [
+                    Measure(
+                        f"Acc@{k} {subset}".strip(),
+                        (chosen.iou >= k).to_numpy(float),
+                        chosen.index.get_level_values("scene").to_numpy(),
+                        share=True,
+                    )
+                    for k in (0.25, 0.5)
+                ]
     return measures

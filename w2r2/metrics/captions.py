@@ -26,14 +26,18 @@ def check_corpus(
     candidates: dict,  # id -> list with the one candidate string
 ):
     "Raise `ValueError` naming the first id whose references or candidate cannot be scored."
-    if not references: raise ValueError("caption corpus is empty: there is nothing to score")
+    if not references:
+        raise ValueError("caption corpus is empty: there is nothing to score")
     for name in sorted(references.keys() ^ candidates.keys(), key=str):
-        raise ValueError(f"caption corpus: {name!r} has {'references' if name in references else 'a candidate'} only; "
-                         "give every id both (a missed object gets the placeholder of its protocol)")
+        raise ValueError(
+            f"caption corpus: {name!r} has {'references' if name in references else 'a candidate'} only; "
+            "give every id both (a missed object gets the placeholder of its protocol)"
+        )
     for name, texts in references.items():
         if isinstance(texts, str) or isinstance(candidates[name], str):
             raise ValueError(f"caption corpus: {name!r} holds a string where a list of strings is needed")
-        if not texts: raise ValueError(f"caption corpus: {name!r} has no reference")
+        if not texts:
+            raise ValueError(f"caption corpus: {name!r} has no reference")
         if len(candidates[name]) != 1:
             raise ValueError(f"caption corpus: {name!r} has {len(candidates[name])} candidates, exactly one is scored")
 
@@ -47,18 +51,21 @@ def intern_tokens(
     mark = vocabulary["\0"]
     tokens = np.fromiter(map(vocabulary.__getitem__, words), np.int64, len(words))
     ends = np.flatnonzero(tokens == mark)
-    if len(ends) != len(sentences) - 1: raise ValueError("caption corpus: a text contains the NUL character as a token; remove it")
+    if len(ends) != len(sentences) - 1:
+        raise ValueError("caption corpus: a text contains the NUL character as a token; remove it")
     lengths = np.diff(ends, prepend=-1, append=len(tokens)) - 1
     return tokens[tokens != mark], lengths
 
 # %% ../../nbs/metrics/02_captions.ipynb #d1bbdf64
 def ngram_columns(
-    tokens: np.ndarray,   # (T,) token numbers of all sentences
+    tokens: np.ndarray,  # (T,) token numbers of all sentences
     lengths: np.ndarray,  # (S,) tokens per sentence
-    orders: int = 4,      # longest n-gram
+    orders: int = 4,  # longest n-gram
 ):  # (T, orders) int32 column of the n-gram that starts at each token (-1: it would leave the sentence), (G,) order - 1 of each column
     "Give every distinct n-gram of every order up to `orders` one column."
-    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(tokens))    # tokens from here to the end of the sentence
+    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(
+        len(tokens)
+    )  # tokens from here to the end of the sentence
     columns = np.full((len(tokens), orders), -1, np.int32)
     base = tokens.max(initial=0) + 1
     start, number, order, total = np.arange(len(tokens)), np.zeros(len(tokens), np.int64), [], 0
@@ -75,16 +82,18 @@ def ngram_columns(
 @dataclass
 class NGrams:
     "The n-grams of a caption corpus as sparse counts; objects are numbered in the order of the references' dictionary."
-    owner: np.ndarray               # (R,) object of each reference
-    order: np.ndarray               # (G,) order - 1 of each n-gram
-    references: sparse.csr_matrix   # (R, G) counts
-    candidates: sparse.csr_matrix   # (N, G) counts
-    shared: sparse.csr_matrix       # (R, G) smaller of the reference's and its candidate's count
-    reference_length: np.ndarray    # (R,) tokens
-    candidate_length: np.ndarray    # (N,) tokens
+
+    owner: np.ndarray  # (R,) object of each reference
+    order: np.ndarray  # (G,) order - 1 of each n-gram
+    references: sparse.csr_matrix  # (R, G) counts
+    candidates: sparse.csr_matrix  # (N, G) counts
+    shared: sparse.csr_matrix  # (R, G) smaller of the reference's and its candidate's count
+    reference_length: np.ndarray  # (R,) tokens
+    candidate_length: np.ndarray  # (N,) tokens
 
     @classmethod
-    def count(cls,
+    def count(
+        cls,
         references: dict,  # id -> list of tokenised strings
         candidates: dict,  # id -> list with one tokenised string
     ):
@@ -94,21 +103,26 @@ class NGrams:
         owner = np.repeat(np.arange(len(references)), [len(texts) for texts in references.values()])
         tokens, lengths = intern_tokens(pooled + [candidates[name][0] for name in references])
         columns, order = ngram_columns(tokens, lengths)
-        cut = lengths[:len(pooled)].sum()
+        cut = lengths[: len(pooled)].sum()
+
         def matrix(columns, lengths):
             flat = columns[columns >= 0]
             ends = np.cumsum(np.maximum(lengths[:, None] - np.arange(4), 0).sum(1))
-            counts = sparse.csr_matrix((np.ones(len(flat)), flat, np.append(0, ends).astype(np.int32)), shape=(len(lengths), len(order)))
+            counts = sparse.csr_matrix(
+                (np.ones(len(flat)), flat, np.append(0, ends).astype(np.int32)), shape=(len(lengths), len(order))
+            )
             counts.sum_duplicates()
             return counts
-        R, C = matrix(columns[:cut], lengths[:len(pooled)]), matrix(columns[cut:], lengths[len(pooled):])
-        return cls(owner, order, R, C, C[owner].minimum(R), lengths[:len(pooled)], lengths[len(pooled):])
 
-    def per_order(self,
-        row: np.ndarray,      # (M,) row of each entry
-        column: np.ndarray,   # (M,) column of each entry
-        value: np.ndarray,    # (M,) what to add up
-        rows: int,            # number of rows of the result
+        R, C = matrix(columns[:cut], lengths[: len(pooled)]), matrix(columns[cut:], lengths[len(pooled) :])
+        return cls(owner, order, R, C, C[owner].minimum(R), lengths[: len(pooled)], lengths[len(pooled) :])
+
+    def per_order(
+        self,
+        row: np.ndarray,  # (M,) row of each entry
+        column: np.ndarray,  # (M,) column of each entry
+        value: np.ndarray,  # (M,) what to add up
+        rows: int,  # number of rows of the result
     ) -> np.ndarray:  # (rows, 4)
         "Sum entries of a count matrix by row and n-gram order."
         return np.bincount(row * 4 + self.order[column], value, rows * 4).reshape(rows, 4)
@@ -149,26 +163,34 @@ def cider(
     objects, R, C = len(grams.candidate_length), grams.references, grams.candidates
     firsts = np.searchsorted(grams.owner, np.arange(objects + 1))
     pooled = sparse.csr_matrix((np.ones_like(R.data), R.indices.copy(), R.indptr[firsts]), shape=C.shape)
-    pooled.sum_duplicates()                       # one entry for each n-gram among an object's references
+    pooled.sum_duplicates()  # one entry for each n-gram among an object's references
     idf2 = (np.log(objects) - np.log(np.maximum(1, np.bincount(pooled.indices, minlength=len(grams.order))))) ** 2
-    def rows(matrix): return np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-    def norm(matrix): return np.sqrt(grams.per_order(rows(matrix), matrix.indices, matrix.data ** 2 * idf2[matrix.indices], matrix.shape[0]))
-    both = grams.shared.multiply(R).tocsr()        # min(c, r) r
+
+    def rows(matrix):
+        return np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+
+    def norm(matrix):
+        return np.sqrt(
+            grams.per_order(rows(matrix), matrix.indices, matrix.data**2 * idf2[matrix.indices], matrix.shape[0])
+        )
+
+    both = grams.shared.multiply(R).tocsr()  # min(c, r) r
     dot = grams.per_order(rows(both), both.indices, both.data * idf2[both.indices], len(grams.owner))
     scale = norm(R) * norm(C)[grams.owner]
     cosine = np.divide(dot, scale, out=np.zeros(dot.shape), where=scale > 0)
     gap = np.maximum(grams.candidate_length - 1, 0)[grams.owner] - np.maximum(grams.reference_length - 1, 0)
-    similarity = cosine.mean(1) * np.exp(-gap ** 2 / 72)
+    similarity = cosine.mean(1) * np.exp(-(gap**2) / 72)
     return 10 * np.bincount(grams.owner, similarity, objects) / np.diff(firsts)
 
 # %% ../../nbs/metrics/02_captions.ipynb #603b8211
 def lcs_lengths(
-    candidate: list,   # tokens
+    candidate: list,  # tokens
     references: list,  # lists of tokens
 ) -> list:  # of ints, one for each reference
     "Length of the longest common subsequence of a candidate with each reference."
     places = defaultdict(int)
-    for i, token in enumerate(candidate): places[token] |= 1 << i
+    for i, token in enumerate(candidate):
+        places[token] |= 1 << i
     ones, lengths = (1 << len(candidate)) - 1, []
     for reference in references:
         row = ones
@@ -192,11 +214,12 @@ def rouge_l(
         lengths = lcs_lengths(candidate, texts)
         precision = max(lengths) / len(candidate)
         recall = max(length / len(text) for length, text in zip(lengths, texts))
-        scores.append(2.44 * precision * recall / (recall + 1.44 * precision) if precision else 0.)
+        scores.append(2.44 * precision * recall / (recall + 1.44 * precision) if precision else 0.0)
     return np.array(scores)
 
 # %% ../../nbs/metrics/02_captions.ipynb #973f6a08
-NO_JAVA = "not computed: Java missing"    # what a table prints in place of a number
+NO_JAVA = "not computed: Java missing"  # what a table prints in place of a number
+
 
 def has_java() -> bool:
     "Is there a `java` command for METEOR and the Penn Treebank tokeniser?"
@@ -207,7 +230,9 @@ def has_java() -> bool:
 def meteor_process():
     "The METEOR 1.5 program (English, normalised), kept running until Python ends."
     from pycocoevalcap.meteor.meteor import Meteor
+
     return Meteor()
+
 
 def meteor(
     references: dict,  # id -> list of tokenised strings
@@ -215,11 +240,14 @@ def meteor(
 ):  # corpus score and (N,) scores of the objects, or None without Java
     "METEOR 1.5 as in the COCO caption code."
     check_corpus(references, candidates)
-    if not has_java(): return None
+    if not has_java():
+        return None
     # the program reads one line for each object, with ||| between the texts: neither may occur inside a text
     line = lambda text: " ".join(text.replace("|||", " ").splitlines())
-    score, scores = meteor_process().compute_score({name: [line(t) for t in texts] for name, texts in references.items()},
-                                                   {name: [line(candidates[name][0])] for name in references})
+    score, scores = meteor_process().compute_score(
+        {name: [line(t) for t in texts] for name, texts in references.items()},
+        {name: [line(candidates[name][0])] for name in references},
+    )
     return score, np.array(scores)
 
 # %% ../../nbs/metrics/02_captions.ipynb #a9d86429
@@ -227,15 +255,33 @@ def ptb_tokenize(
     texts: dict,  # id -> list of strings
 ):  # id -> list of tokenised strings, or None without Java
     "Tokenise with the Penn Treebank rules of Stanford CoreNLP 3.4.1, lower-case, without punctuation (as in the COCO caption code)."
-    if not has_java(): return None
+    if not has_java():
+        return None
     from pycocoevalcap.tokenizer import ptbtokenizer
+
     jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
     lines = [" ".join(text.splitlines()) for of_one in texts.values() for text in of_one]
-    done = subprocess.run(["java", "-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8"],
-                          input="".join(line + "\n" for line in lines).encode(), capture_output=True, check=True)
-    tokenised = [" ".join(word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS)
-                 for line in done.stdout.decode().split("\n")[:-1]]
-    if len(tokenised) != len(lines): raise RuntimeError(f"the Treebank tokeniser returned {len(tokenised)} lines for {len(lines)} texts")
+    done = subprocess.run(
+        [
+            "java",
+            "-cp",
+            jar,
+            "edu.stanford.nlp.process.PTBTokenizer",
+            "-preserveLines",
+            "-lowerCase",
+            "-encoding",
+            "UTF-8",
+        ],
+        input="".join(line + "\n" for line in lines).encode(),
+        capture_output=True,
+        check=True,
+    )
+    tokenised = [
+        " ".join(word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS)
+        for line in done.stdout.decode().split("\n")[:-1]
+    ]
+    if len(tokenised) != len(lines):
+        raise RuntimeError(f"the Treebank tokeniser returned {len(tokenised)} lines for {len(lines)} texts")
     tokenised = iter(tokenised)
     return {name: list(itertools.islice(tokenised, len(of_one))) for name, of_one in texts.items()}
 
@@ -250,9 +296,9 @@ def caption_items(
 
 # %% ../../nbs/metrics/02_captions.ipynb #2391288b
 def caption_scores(
-    references: dict,      # id -> list of tokenised strings
-    candidates: dict,      # id -> list with one tokenised string
-    with_meteor=False,     # also METEOR (Java; None where it is missing)
+    references: dict,  # id -> list of tokenised strings
+    candidates: dict,  # id -> list with one tokenised string
+    with_meteor=False,  # also METEOR (Java; None where it is missing)
 ) -> dict:  # name -> corpus figure
     "BLEU-1..4, CIDEr, ROUGE-L and, where asked for, METEOR of a caption corpus, as in the COCO caption code."
     items = caption_items(references, candidates)

@@ -15,8 +15,8 @@ import torch
 
 from .accuracy import as_boxes
 from .captions import NO_JAVA, bleu_score, caption_items, meteor
-from ..scans.geometry import EPSILON, box_iou, match_one_to_one, to_min_max
 from .statistics import Measure
+from ..scans.geometry import EPSILON, box_iou, match_one_to_one, to_min_max
 
 # %% ../../nbs/metrics/03_dense_captions.ipynb #8fa8cc37
 def marked(
@@ -25,6 +25,7 @@ def marked(
     "The words of a text between the marks `sos` and `eos`, which are added where they are absent."
     words = text.split()
     return " ".join(["sos"] * (words[:1] != ["sos"]) + words + ["eos"] * (words[-1:] != ["eos"]))
+
 
 def spaced(
     text: str,  # a sentence as written
@@ -36,19 +37,29 @@ def spaced(
 @dataclass(frozen=True)
 class Protocol:
     "How one published evaluator scores one caption for each annotated object."
-    reference: Callable            # ScanRefer record -> reference text
-    candidate: Callable            # caption -> candidate text
-    missed: str = "sos eos"        # candidate of a missed object
-    strict: bool = False           # does the overlap have to exceed k (True) or reach it (False)?
-    skip_absent: bool = False      # objects without a prediction leave the corpus
-    scale: float = 1.              # published unit
+
+    reference: Callable  # ScanRefer record -> reference text
+    candidate: Callable  # caption -> candidate text
+    missed: str = "sos eos"  # candidate of a missed object
+    strict: bool = False  # does the overlap have to exceed k (True) or reach it (False)?
+    skip_absent: bool = False  # objects without a prediction leave the corpus
+    scale: float = 1.0  # published unit
+
 
 PROTOCOLS = {
     "scan2cap": Protocol(lambda record: marked(" ".join(record["token"][:30])), marked, strict=True),
-    "ll3da": Protocol(lambda record: marked(" ".join(record["token"][:30])), lambda text: f"sos {text} eos".replace("  ", " "), strict=True),
+    "ll3da": Protocol(
+        lambda record: marked(" ".join(record["token"][:30])),
+        lambda text: f"sos {text} eos".replace("  ", " "),
+        strict=True,
+    ),
     "video3dllm": Protocol(lambda record: spaced(record["description"]), spaced, missed=spaced(""), scale=100),
     "vgllm": Protocol(lambda record: spaced(record["description"]), spaced, missed=spaced(""), scale=100),
-    "leo": Protocol(lambda record: marked(" ".join(record["token"])), lambda text: f"sos {text} eos".replace(". ", " . "), skip_absent=True),
+    "leo": Protocol(
+        lambda record: marked(" ".join(record["token"])),
+        lambda text: f"sos {text} eos".replace(". ", " . "),
+        skip_absent=True,
+    ),
 }
 
 # %% ../../nbs/metrics/03_dense_captions.ipynb #27c7ae64
@@ -56,25 +67,30 @@ def object_key(record: dict) -> str:
     "`scene|object|name`, the key of an object in the peers' files."
     return f"{record['scene_id']}|{record['object_id']}|{record['object_name']}"
 
+
 def object_overlaps(
-    predictions: dict,   # key -> {"iou": ...} or {"box": ...}
-    annotations: list,   # ScanRefer records, with `bbox` where a prediction gives a box
+    predictions: dict,  # key -> {"iou": ...} or {"box": ...}
+    annotations: list,  # ScanRefer records, with `bbox` where a prediction gives a box
 ) -> dict:  # key -> IoU
     "The IoU of each prediction with its object; `ValueError` naming a prediction or annotation without a box."
     boxes = {object_key(record): record.get("bbox") for record in annotations}
     found = {key: float(row["iou"]) for key, row in predictions.items() if "iou" in row}
     rest = [key for key, row in predictions.items() if key in boxes and "iou" not in row]
     for key in rest:
-        if "box" not in predictions[key]: raise ValueError(f"caption of {key}: needs 'iou' or 'box'")
-        if boxes[key] is None: raise ValueError(f"annotation of {key}: needs 'bbox', because the prediction gives a box")
-    iou = box_iou(as_boxes([predictions[key]["box"] for key in rest]), as_boxes([boxes[key] for key in rest]), EPSILON["scan2cap"])
+        if "box" not in predictions[key]:
+            raise ValueError(f"caption of {key}: needs 'iou' or 'box'")
+        if boxes[key] is None:
+            raise ValueError(f"annotation of {key}: needs 'bbox', because the prediction gives a box")
+    iou = box_iou(
+        as_boxes([predictions[key]["box"] for key in rest]), as_boxes([boxes[key] for key in rest]), EPSILON["scan2cap"]
+    )
     return found | dict(zip(rest, iou.nan_to_num(0).tolist()))
 
 # %% ../../nbs/metrics/03_dense_captions.ipynb #3cc71908
 def caption_corpus(
-    predictions: dict,       # object key -> {"caption": text, "iou": ... or "box": ...}
-    annotations: list,       # ScanRefer records; all descriptions of an object are its references
-    k: float = 0.5,          # overlap that counts as found
+    predictions: dict,  # object key -> {"caption": text, "iou": ... or "box": ...}
+    annotations: list,  # ScanRefer records; all descriptions of an object are its references
+    k: float = 0.5,  # overlap that counts as found
     protocol: str = "scan2cap",  # one of PROTOCOLS
 ) -> tuple[dict, dict]:  # object key -> list of reference texts, object key -> list with the candidate
     "The corpus that the named evaluator scores."
@@ -82,7 +98,8 @@ def caption_corpus(
     iou, references, candidates = object_overlaps(predictions, annotations), {}, {}
     for record in annotations:
         key = object_key(record)
-        if key in predictions or not rules.skip_absent: references.setdefault(key, []).append(rules.reference(record))
+        if key in predictions or not rules.skip_absent:
+            references.setdefault(key, []).append(rules.reference(record))
     for key in references:
         passes = key in predictions and (iou[key] > k if rules.strict else iou[key] >= k)
         candidates[key] = [rules.candidate(predictions[key]["caption"]) if passes else rules.missed]
@@ -90,19 +107,31 @@ def caption_corpus(
 
 # %% ../../nbs/metrics/03_dense_captions.ipynb #ebf33cc7
 def caption_measures(
-    references: dict,     # object key -> list of texts
-    candidates: dict,     # object key -> list with one text
-    scale: float = 1.,    # published unit
-    with_meteor=False,    # also METEOR (Java)
+    references: dict,  # object key -> list of texts
+    candidates: dict,  # object key -> list with one text
+    scale: float = 1.0,  # published unit
+    with_meteor=False,  # also METEOR (Java)
 ) -> list:  # of `Measure`s: BLEU-1..4, CIDEr, ROUGE-L, METEOR
     "The caption scores of a corpus whose ids begin with the scene."
     items, groups = caption_items(references, candidates), np.array([str(key).split("|")[0] for key in references])
-    def order(n): return lambda sums: bleu_score(sums)[..., n]
+
+    def order(n):
+        return lambda sums: bleu_score(sums)[..., n]
+
     measures = [Measure(f"BLEU-{n + 1}", items["BLEU"], groups, order(n), scale) for n in range(4)]
     measures += [Measure(name, items[name], groups, scale=scale) for name in ("CIDEr", "ROUGE-L")]
     if with_meteor:
         scored = meteor(references, candidates)
-        measures.append(Measure("METEOR", None, groups, scale=scale, whole=scored and scored[0], note="not a mean of objects" if scored else NO_JAVA))
+        measures.append(
+            Measure(
+                "METEOR",
+                None,
+                groups,
+                scale=scale,
+                whole=scored and scored[0],
+                note="not a mean of objects" if scored else NO_JAVA,
+            )
+        )
     return measures
 
 # %% ../../nbs/metrics/03_dense_captions.ipynb #7b2e0931
@@ -113,12 +142,14 @@ def giou_without_intersection(
     "What the benchmark's script takes for the generalised IoU."
     low = torch.minimum(to_min_max(a)[..., :3], to_min_max(b)[..., :3])
     high = torch.maximum(to_min_max(a)[..., 3:], to_min_max(b)[..., 3:])
-    return ((a[..., 3:].prod(-1) + b[..., 3:].prod(-1)) / (high - low).prod(-1)).nan_to_num(0) - 1    # 0 / 0: both boxes flat
+    return ((a[..., 3:].prod(-1) + b[..., 3:].prod(-1)) / (high - low).prod(-1)).nan_to_num(
+        0
+    ) - 1  # 0 / 0: both boxes flat
 
 # %% ../../nbs/metrics/03_dense_captions.ipynb #03858781
 def benchmark_corpus(
-    predictions: dict,   # scene -> list of {"caption": text, "box": see `as_boxes`}
-    annotations: list,   # ScanRefer records with `bbox`
+    predictions: dict,  # scene -> list of {"caption": text, "box": see `as_boxes`}
+    annotations: list,  # ScanRefer records with `bbox`
 ) -> tuple[dict, dict, np.ndarray]:  # references, candidates (by "scene|object"), (N,) IoU of each object's partner
     "Match predictions to objects as Scan2Cap's benchmark script does."
     references, boxes, scenes = {}, {}, {}
@@ -127,37 +158,51 @@ def benchmark_corpus(
         references.setdefault(key, []).append(marked(" ".join(record["token"])))
         boxes[key] = record["bbox"]
         scenes.setdefault(record["scene_id"], {})[key] = None
-    candidates, iou = {key: ["sos eos"] for key in references}, dict.fromkeys(references, 0.)
+    candidates, iou = {key: ["sos eos"] for key in references}, dict.fromkeys(references, 0.0)
     for scene, keys in scenes.items():
-        if not predictions.get(scene): continue
+        if not predictions.get(scene):
+            continue
         a, b = as_boxes([row["box"] for row in predictions[scene]]), as_boxes([boxes[key] for key in keys])
-        partner = np.zeros(len(keys), int)    # prediction 0 where the matching leaves an object alone
+        partner = np.zeros(len(keys), int)  # prediction 0 where the matching leaves an object alone
         matched = match_one_to_one(giou_without_intersection(a[:, None], b)).numpy()
         partner[matched[matched >= 0]] = np.flatnonzero(matched >= 0)
         overlap = box_iou(a[partner], b, EPSILON["scan2cap"])
-        for key, p, value in zip(keys, partner, overlap.tolist()): candidates[key], iou[key] = [predictions[scene][p]["caption"]], value
+        for key, p, value in zip(keys, partner, overlap.tolist()):
+            candidates[key], iou[key] = [predictions[scene][p]["caption"]], value
     return references, candidates, np.array(list(iou.values()))
 
 # %% ../../nbs/metrics/03_dense_captions.ipynb #8e830d6e
 def benchmark_measures(
-    predictions: dict,   # scene -> list of {"caption", "box"}
-    annotations: list,   # ScanRefer records with `bbox`
-    k: float = 0.5,      # overlap that counts as found
-    with_meteor=False,   # also METEOR (Java)
+    predictions: dict,  # scene -> list of {"caption", "box"}
+    annotations: list,  # ScanRefer records with `bbox`
+    k: float = 0.5,  # overlap that counts as found
+    with_meteor=False,  # also METEOR (Java)
 ) -> list:  # of `Measure`s "precision CIDEr", "recall CIDEr", "F1 CIDEr", ...
     "Precision, recall and F1 of the caption scores in Scan2Cap's benchmark, over scenes that have annotations; F1 is 0 where the script prints NaN."
     references, candidates, iou = benchmark_corpus(predictions, annotations)
     items, found = caption_items(references, candidates), iou >= k
     scores = dict(zip([f"BLEU-{n + 1}" for n in range(4)], bleu_score(items.pop("BLEU")).T)) | items
-    if with_meteor: scores["METEOR"] = (meteor(references, candidates) or (None, None))[1]
+    if with_meteor:
+        scores["METEOR"] = (meteor(references, candidates) or (None, None))[1]
     groups, measures = np.array([key.split("|")[0] for key in references]), []
-    described = np.zeros(len(groups))    # the predictions of a scene, on the row of its first object
-    for scene, first in zip(*np.unique(groups, return_index=True)): described[first] = len(predictions.get(scene, ()))
-    def precision(sums): return sums[..., 0] / np.maximum(sums[..., 2], 1)
-    def recall(sums): return sums[..., 0] / np.maximum(sums[..., 1], 1)
-    def f1(sums): return 2 * sums[..., 0] / np.maximum(sums[..., 1] + sums[..., 2], 1)
+    described = np.zeros(len(groups))  # the predictions of a scene, on the row of its first object
+    for scene, first in zip(*np.unique(groups, return_index=True)):
+        described[first] = len(predictions.get(scene, ()))
+
+    def precision(sums):
+        return sums[..., 0] / np.maximum(sums[..., 2], 1)
+
+    def recall(sums):
+        return sums[..., 0] / np.maximum(sums[..., 1], 1)
+
+    def f1(sums):
+        return 2 * sums[..., 0] / np.maximum(sums[..., 1] + sums[..., 2], 1)
+
     for name, values in scores.items():
-        if values is not None: values = np.column_stack([values * found, np.ones(len(groups)), described])
-        measures += [Measure(f"{kind} {name}", values, groups, statistic, note="" if values is not None else NO_JAVA)
-                     for kind, statistic in (("precision", precision), ("recall", recall), ("F1", f1))]
+        if values is not None:
+            values = np.column_stack([values * found, np.ones(len(groups)), described])
+        measures += [
+            Measure(f"{kind} {name}", values, groups, statistic, note="" if values is not None else NO_JAVA)
+            for kind, statistic in (("precision", precision), ("recall", recall), ("F1", f1))
+        ]
     return measures

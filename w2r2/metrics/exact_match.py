@@ -15,10 +15,26 @@ from .dense_captions import caption_measures
 from .statistics import Measure
 
 # %% ../../nbs/metrics/04_exact_match.ipynb #25303e1d
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty").split()
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+).split()
 WORDS = {str(i): word for i, word in enumerate(NUMBERS)} | {
-    "23": "twenty-three", "none": "zero", "letf": "left", "let": "left", "tehre": "there", "rigth": "right", "rght": "right", "behine": "behind",
-    "tv": "TV", "chai": "chair", "wasing": "washing", "waslked": "walked", "oclock": "o'clock", "backwards": "backward"}
+    "23": "twenty-three",
+    "none": "zero",
+    "letf": "left",
+    "let": "left",
+    "tehre": "there",
+    "rigth": "right",
+    "rght": "right",
+    "behine": "behind",
+    "tv": "TV",
+    "chai": "chair",
+    "wasing": "washing",
+    "waslked": "walked",
+    "oclock": "o'clock",
+    "backwards": "backward",
+}
+
 
 def clean_answer(
     text: str,  # an answer as written
@@ -29,23 +45,27 @@ def clean_answer(
     text = re.sub(r"\bo' +clock\b", "o'clock", text)
     text = re.sub(r"\b[a-z0-9]+\b", lambda word: WORDS.get(word[0], word[0]), text)
     text = re.sub(r"\b([a-zA-Z]+)[0-9]\b", r"\1", text)
-    for article in ("a", "an", "the"): text = re.sub(rf"\b{article}\b ([a-zA-Z]+)", r"\1", text)
+    for article in ("a", "an", "the"):
+        text = re.sub(rf"\b{article}\b ([a-zA-Z]+)", r"\1", text)
     return text
 
 # %% ../../nbs/metrics/04_exact_match.ipynb #050434f0
 def leo_match(
     predicted: str,  # cleaned prediction
-    answers: list,   # cleaned answers
+    answers: list,  # cleaned answers
 ) -> tuple[int, int]:
     "Exact and refined match as LEO counts them."
     for answer in answers:
-        if predicted == answer: return 1, 1
+        if predicted == answer:
+            return 1, 1
         a, b = "".join(predicted.split()), "".join(answer.split())
-        if a in b or b in a: return 0, 1
+        if a in b or b in a:
+            return 0, 1
     return 0, 0
 
 # %% ../../nbs/metrics/04_exact_match.ipynb #d7dd7a8f
 PROTOCOLS = ("scanqa", "video3dllm", "leo")
+
 
 def answers_by_question(
     predictions: list,  # records with question_id and answer_top10, or answer (one string)
@@ -55,26 +75,37 @@ def answers_by_question(
     known, found = {record["question_id"] for record in annotations}, {}
     for record in predictions:
         name = record["question_id"]
-        if name not in known: raise ValueError(f"prediction for question {name!r}, which the annotations do not have")
-        if name in found: raise ValueError(f"two predictions for question {name!r}")
+        if name not in known:
+            raise ValueError(f"prediction for question {name!r}, which the annotations do not have")
+        if name in found:
+            raise ValueError(f"two predictions for question {name!r}")
         found[name] = list(record["answer_top10"]) if "answer_top10" in record else [record["answer"]]
     return [found.get(record["question_id"], []) for record in annotations]
 
 # %% ../../nbs/metrics/04_exact_match.ipynb #2fd99940
 def answer_measures(
-    predictions: list,         # see `answers_by_question`
-    annotations: list,         # ScanQA records with scene_id, question_id, answers
+    predictions: list,  # see `answers_by_question`
+    annotations: list,  # ScanQA records with scene_id, question_id, answers
     protocol: str = "scanqa",  # one of PROTOCOLS
-    with_meteor=False,         # also METEOR (Java)
+    with_meteor=False,  # also METEOR (Java)
 ) -> list:  # of `Measure`s
     "Exact match and text scores of the named protocol, in its published units; without Java the text scores of `scanqa` are not computed."
-    if protocol not in PROTOCOLS: raise ValueError(f"protocol {protocol!r} is unknown; ScanQA is scored by one of {', '.join(PROTOCOLS)}")
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r} is unknown; ScanQA is scored by one of {', '.join(PROTOCOLS)}")
     given, gold = answers_by_question(predictions, annotations), [record["answers"] for record in annotations]
     groups = np.array([record["scene_id"] for record in annotations])
     top = [answers[0] if answers else "" for answers in given]
-    def measure(name, right, scale): return Measure(name, np.array(right, float), groups, scale=scale, share=True)
+
+    def measure(name, right, scale):
+        return Measure(name, np.array(right, float), groups, scale=scale, share=True)
+
     if protocol == "scanqa":
-        measures = [measure(f"EM@{n}", [any(answer in right for answer in answers[:n]) for answers, right in zip(given, gold)], 100) for n in (1, 10)]
+        measures = [
+            measure(
+                f"EM@{n}", [any(answer in right for answer in answers[:n]) for answers, right in zip(given, gold)], 100
+            )
+            for n in (1, 10)
+        ]
         texts = ptb_tokenize({"top": top} | {i: answers for i, answers in enumerate(gold)})
         if texts is None:
             names = [f"BLEU-{n}" for n in "1234"] + ["CIDEr", "ROUGE-L"] + ["METEOR"] * with_meteor
@@ -84,8 +115,14 @@ def answer_measures(
         measures = [measure("EM", [bool(answers) and answers[0] in right for answers, right in zip(given, gold)], 1)]
         top, scale = [text.rstrip(".") for text in top], 100
     else:
-        top, gold, scale = [clean_answer(text) for text in top], [[clean_answer(text) for text in answers] for answers in gold], 1
+        top, gold, scale = (
+            [clean_answer(text) for text in top],
+            [[clean_answer(text) for text in answers] for answers in gold],
+            1,
+        )
         matches = [leo_match(text, right) if answers else (0, 0) for text, right, answers in zip(top, gold, given)]
         measures = [measure(name, [match[i] for match in matches], 1) for i, name in enumerate(("EM", "refined EM"))]
     keys = [f"{scene}|{i}" for i, scene in enumerate(groups)]
-    return measures + caption_measures(dict(zip(keys, gold)), dict(zip(keys, [[text] for text in top])), scale, with_meteor)
+    return measures + caption_measures(
+        dict(zip(keys, gold)), dict(zip(keys, [[text] for text in top])), scale, with_meteor
+    )

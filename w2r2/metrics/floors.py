@@ -18,19 +18,24 @@ def class_boxes(
     objects = {(record["scene_id"], record["object_id"]): record for record in annotations}
     boxes = defaultdict(list)
     for record in objects.values():
-        for name in (record["object_name"], None): boxes[name].append(record["bbox"])
+        for name in (record["object_name"], None):
+            boxes[name].append(record["bbox"])
     return {name: np.array(rows, float) for name, rows in boxes.items()}
 
 # %% ../../nbs/metrics/06_floors.ipynb #9630f3c5
 def with_boxes(annotations: list, boxes: list) -> list:
     "Predictions for annotations: their keys, the given boxes."
-    return [{key: record[key] for key in ("scene_id", "object_id", "ann_id")} | {"bbox": np.asarray(box, float).tolist()} for record, box in zip(annotations, boxes)]
+    return [
+        {key: record[key] for key in ("scene_id", "object_id", "ann_id")} | {"bbox": np.asarray(box, float).tolist()}
+        for record, box in zip(annotations, boxes)
+    ]
+
 
 def random_box(
     annotations: list,  # records to answer, with object_name
-    prior: dict,        # from `class_boxes`
-    bounds: dict,       # scene -> (n, 6) boxes whose common bounds limit the place, for instance its proposals
-    rng=0,              # numpy Generator or seed
+    prior: dict,  # from `class_boxes`
+    bounds: dict,  # scene -> (n, 6) boxes whose common bounds limit the place, for instance its proposals
+    rng=0,  # numpy Generator or seed
 ) -> list:  # of predictions
     "A box of random training size at a random place in the scene; where the box is larger than the scene, in its middle."
     rng, answers = np.random.default_rng(rng), []
@@ -45,7 +50,7 @@ def random_box(
 # %% ../../nbs/metrics/06_floors.ipynb #8d89c95c
 def language_prior(
     annotations: list,  # records to answer, with object_name
-    prior: dict,        # from `class_boxes`
+    prior: dict,  # from `class_boxes`
 ) -> list:  # of predictions
     "The mean training box of the class."
     means = {name: boxes.mean(0) for name, boxes in prior.items()}
@@ -54,17 +59,20 @@ def language_prior(
 # %% ../../nbs/metrics/06_floors.ipynb #bc78e8bf
 def random_proposal(
     annotations: list,  # records to answer
-    proposals: dict,    # scene -> (n, 6) boxes, n > 0
-    rng=0,              # numpy Generator or seed
+    proposals: dict,  # scene -> (n, 6) boxes, n > 0
+    rng=0,  # numpy Generator or seed
 ) -> list:  # of predictions
     "One of the scene's proposals at random."
     rng = np.random.default_rng(rng)
-    return with_boxes(annotations, [proposals[record["scene_id"]][rng.integers(len(proposals[record["scene_id"]]))] for record in annotations])
+    return with_boxes(
+        annotations,
+        [proposals[record["scene_id"]][rng.integers(len(proposals[record["scene_id"]]))] for record in annotations],
+    )
 
 # %% ../../nbs/metrics/06_floors.ipynb #4eb9d759
 def largest_object(
     annotations: list,  # records to answer
-    proposals: dict,    # scene -> (n, 6) boxes, n > 0
+    proposals: dict,  # scene -> (n, 6) boxes, n > 0
 ) -> list:  # of predictions
     "The proposal of largest volume."
     largest = {scene: boxes[np.prod(np.asarray(boxes, float)[:, 3:], 1).argmax()] for scene, boxes in proposals.items()}
@@ -73,14 +81,24 @@ def largest_object(
 # %% ../../nbs/metrics/06_floors.ipynb #9395c8aa
 def question_prior(
     annotations: list,  # questions to answer, with question_id and question
-    train: list,        # questions of the training split with their answers
-    words: int = 2,     # how many words of the question are heard
+    train: list,  # questions of the training split with their answers
+    words: int = 2,  # how many words of the question are heard
 ) -> list:  # of predictions with answer_top10
     "The ten most frequent training answers to questions with the same first words; of all questions where none begins so."
-    def opening(record): return tuple(record["question"].lower().split()[:words])
+
+    def opening(record):
+        return tuple(record["question"].lower().split()[:words])
+
     counts = defaultdict(Counter)
     for record in train:
-        for key in (opening(record), None): counts[key].update(record["answers"])
+        for key in (opening(record), None):
+            counts[key].update(record["answers"])
     # equally frequent answers in alphabetical order
-    ranked = {key: [answer for answer, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:10]] for key, count in counts.items()}
-    return [{"question_id": record["question_id"], "answer_top10": ranked.get(opening(record), ranked[None])} for record in annotations]
+    ranked = {
+        key: [answer for answer, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:10]]
+        for key, count in counts.items()
+    }
+    return [
+        {"question_id": record["question_id"], "answer_top10": ranked.get(opening(record), ranked[None])}
+        for record in annotations
+    ]

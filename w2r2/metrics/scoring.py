@@ -18,50 +18,73 @@ import fastjsonschema
 import numpy as np
 from rich.table import Table
 
+from . import PROTOCOLS, measures
 from .accuracy import grounding_key
 from .dense_captions import object_key
-from ..scans.files import ScanNetError, regular_file
-from . import PROTOCOLS, measures
 from .statistics import Measure
+from ..scans.files import ScanNetError, regular_file
 from ..tasks.samples import read_scanqa, read_scanrefer
 
 # %% ../../nbs/metrics/07_scoring.ipynb #aa581754
 def read_json(
-    path: str | Path,   # .json, or .jsonl with one record on each line
+    path: str | Path,  # .json, or .jsonl with one record on each line
 ):
     "The content of a JSON file, JSON lines as a list; raises `ScanNetError` naming the line that cannot be read."
     path = regular_file(path)
-    def refuse(constant): raise ValueError(f"{constant} is no JSON number")
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON number")
+
     def parse(text, where):
-        try: return json.loads(text, parse_constant=refuse)
-        except (ValueError, RecursionError) as error: raise ScanNetError(path, where, f"not JSON ({error})", "Export the file again") from None
+        try:
+            return json.loads(text, parse_constant=refuse)
+        except (ValueError, RecursionError) as error:
+            raise ScanNetError(path, where, f"not JSON ({error})", "Export the file again") from None
+
     content = path.read_bytes()
-    if path.suffix != ".jsonl": return parse(content, "file")
+    if path.suffix != ".jsonl":
+        return parse(content, "file")
     return [parse(line, f"line {number}") for number, line in enumerate(content.splitlines(), 1) if line.strip()]
 
 # %% ../../nbs/metrics/07_scoring.ipynb #7b1c369f
 _ID, _TEXT = {"type": ["string", "integer"]}, {"type": "string"}
-def _many(n: int, items: dict) -> dict: return {"type": "array", "minItems": n, "maxItems": n, "items": items}
+
+
+def _many(n: int, items: dict) -> dict:
+    return {"type": "array", "minItems": n, "maxItems": n, "items": items}
+
+
 _NUMBER = {"type": "number", "minimum": -1e6, "maximum": 1e6}
-_BOX = {"description": "6 or 9 numbers, or 8 corners of 3 numbers, within a million metres",
-        "anyOf": [_many(6, _NUMBER), _many(9, _NUMBER), _many(8, _many(3, _NUMBER))]}
+_BOX = {
+    "description": "6 or 9 numbers, or 8 corners of 3 numbers, within a million metres",
+    "anyOf": [_many(6, _NUMBER), _many(9, _NUMBER), _many(8, _many(3, _NUMBER))],
+}
 _ANSWER = {"description": _BOX["description"] + ", or null", "anyOf": [{"type": "null"}, *_BOX["anyOf"]]}
 _FLAG = {"description": "0 or 1", "enum": [0, 1]}
 _KEY = {"scene_id": _TEXT, "object_id": _ID, "ann_id": _ID}
+
 
 def record_schema(required: dict, optional: dict = {}) -> dict:
     "JSON schema of a record with these fields; further fields are ignored."
     return {"type": "object", "required": list(required), "properties": required | optional}
 
+
 SCHEMAS = {
     "annotation": record_schema(_KEY | {"bbox": _BOX}, {"unique_multiple": _FLAG, "others": _FLAG}),
     "grounding": record_schema(_KEY | {"bbox": _ANSWER}, {"unique_multiple": _FLAG, "others": _FLAG}),
-    "grounding with truth": record_schema({"pred_response": _ANSWER, "gt_response": _BOX, "question_type": {"enum": ["unique", "multiple"]}}, {"scene_id": _TEXT}),
-    "caption": record_schema({"caption": _TEXT}, {"iou": {"type": "number", "minimum": 0, "maximum": 1}, "box": _ANSWER}),
+    "grounding with truth": record_schema(
+        {"pred_response": _ANSWER, "gt_response": _BOX, "question_type": {"enum": ["unique", "multiple"]}},
+        {"scene_id": _TEXT},
+    ),
+    "caption": record_schema(
+        {"caption": _TEXT}, {"iou": {"type": "number", "minimum": 0, "maximum": 1}, "box": _ANSWER}
+    ),
     "captioned box": record_schema({"caption": _TEXT, "box": _BOX}),
     "answers": record_schema({"question_id": _ID, "answer_top10": {"type": "array", "items": _TEXT, "minItems": 1}}),
     "answer": record_schema({"question_id": _ID, "pred_response": _TEXT}),
-    "answer with truth": record_schema({"scene_id": _TEXT, "response_pred": _TEXT, "response_gt": {"type": "array", "items": _TEXT, "minItems": 1}}),
+    "answer with truth": record_schema(
+        {"scene_id": _TEXT, "response_pred": _TEXT, "response_gt": {"type": "array", "items": _TEXT, "minItems": 1}}
+    ),
 }
 
 # %% ../../nbs/metrics/07_scoring.ipynb #5201ae17
@@ -70,26 +93,37 @@ def compiled(schema: str) -> Callable:
     "The check of one of SCHEMAS."
     return fastjsonschema.compile(SCHEMAS[schema])
 
+
 def check_records(
-    path: str | Path,   # named in the error
-    records,            # (name, record) pairs
-    schema: str,        # key of SCHEMAS
+    path: str | Path,  # named in the error
+    records,  # (name, record) pairs
+    schema: str,  # key of SCHEMAS
 ):
     "Raise `ScanNetError` for the first record that its schema refuses."
     for name, record in records:
-        try: compiled(schema)(record)
+        try:
+            compiled(schema)(record)
         except fastjsonschema.JsonSchemaValueException as error:
             field = ".".join(error.path[1:])
-            if error.rule == "required": problem = "lacks " + ", ".join(repr(key) for key in error.rule_definition if key not in error.value)
-            elif "description" in error.definition: problem = f"{field} must be {error.definition['description']}"
-            else: problem = error.message.replace("data", "record", 1) if not field else error.message.replace(f"{error.name} must", f"{field} must", 1)
+            if error.rule == "required":
+                problem = "lacks " + ", ".join(repr(key) for key in error.rule_definition if key not in error.value)
+            elif "description" in error.definition:
+                problem = f"{field} must be {error.definition['description']}"
+            else:
+                problem = (
+                    error.message.replace("data", "record", 1)
+                    if not field
+                    else error.message.replace(f"{error.name} must", f"{field} must", 1)
+                )
             raise ScanNetError(path, f"record {name}", problem, f"Correct it to the format {schema!r}") from None
 
 # %% ../../nbs/metrics/07_scoring.ipynb #4d7f25a9
 class Loaded(NamedTuple):
     "What a prediction file holds."
+
     predictions: list | dict
-    annotations: list | None    # where the file brings them
+    annotations: list | None  # where the file brings them
+
 
 def load_grounding(path, content: list) -> Loaded:
     "Boxes for descriptions: ScanRefer's benchmark format, or Video-3D LLM's rows."
@@ -98,64 +132,107 @@ def load_grounding(path, content: list) -> Loaded:
         return Loaded(content, None)
     check_records(path, enumerate(content), "grounding with truth")
     keys = [{"scene_id": row.get("scene_id", f"row {i}"), "object_id": i, "ann_id": 0} for i, row in enumerate(content)]
-    return Loaded([key | {"bbox": row["pred_response"]} for key, row in zip(keys, content)],
-                  [key | {"bbox": row["gt_response"], "unique_multiple": int(row["question_type"] == "multiple")} for key, row in zip(keys, content)])
+    return Loaded(
+        [key | {"bbox": row["pred_response"]} for key, row in zip(keys, content)],
+        [
+            key | {"bbox": row["gt_response"], "unique_multiple": int(row["question_type"] == "multiple")}
+            for key, row in zip(keys, content)
+        ],
+    )
+
 
 def load_answers(path, content: list) -> Loaded:
     "Answers to questions: ScanQA's ten answers, Video-3D LLM's rows, or LEO's rows."
     first = content[0] if isinstance(content[0], dict) else {}
     if "response_pred" in first:
         check_records(path, enumerate(content), "answer with truth")
-        return Loaded([{"question_id": i, "answer": row["response_pred"]} for i, row in enumerate(content)],
-                      [{"question_id": i, "scene_id": row["scene_id"], "answers": row["response_gt"]} for i, row in enumerate(content)])
+        return Loaded(
+            [{"question_id": i, "answer": row["response_pred"]} for i, row in enumerate(content)],
+            [
+                {"question_id": i, "scene_id": row["scene_id"], "answers": row["response_gt"]}
+                for i, row in enumerate(content)
+            ],
+        )
     if "pred_response" in first:
         check_records(path, enumerate(content), "answer")
         return Loaded([{"question_id": row["question_id"], "answer": row["pred_response"]} for row in content], None)
     check_records(path, enumerate(content), "answers")
     return Loaded(content, None)
 
+
 def load_predictions(
-    path: str | Path,   # file of predictions
-    benchmark: str,     # "scanrefer", "scan2cap" or "scanqa"
-    protocol: str,      # one of `PROTOCOLS[benchmark]`
+    path: str | Path,  # file of predictions
+    benchmark: str,  # "scanrefer", "scan2cap" or "scanqa"
+    protocol: str,  # one of `PROTOCOLS[benchmark]`
 ) -> Loaded:
     "Read and check a prediction file; raises `ScanNetError` naming file, record and field, `ValueError` for an unknown protocol."
-    if protocol not in PROTOCOLS.get(benchmark, ()): raise ValueError(f"no protocol {protocol!r} for benchmark {benchmark!r}; use one of {PROTOCOLS}")
+    if protocol not in PROTOCOLS.get(benchmark, ()):
+        raise ValueError(f"no protocol {protocol!r} for benchmark {benchmark!r}; use one of {PROTOCOLS}")
     content, wanted = read_json(path), dict if benchmark == "scan2cap" else list
     if not isinstance(content, wanted) or not content:
-        raise ScanNetError(path, "file", f"holds {'an empty' if isinstance(content, wanted) else 'a'} {type(content).__name__} where {benchmark} needs a filled {wanted.__name__}",
-                           f"Write the format of protocol {protocol!r}")
-    if benchmark == "scanrefer": return load_grounding(path, content)
-    if benchmark == "scanqa": return load_answers(path, content)
+        raise ScanNetError(
+            path,
+            "file",
+            f"holds {'an empty' if isinstance(content, wanted) else 'a'} {type(content).__name__} where {benchmark} needs a filled {wanted.__name__}",
+            f"Write the format of protocol {protocol!r}",
+        )
+    if benchmark == "scanrefer":
+        return load_grounding(path, content)
+    if benchmark == "scanqa":
+        return load_answers(path, content)
     if protocol != "scan2cap_benchmark":
         check_records(path, content.items(), "caption")
         for key, row in content.items():
-            if "iou" not in row and "box" not in row: raise ScanNetError(path, f"record {key}", "lacks both 'iou' and 'box'", "Give the overlap, or the box to compute it from")
+            if "iou" not in row and "box" not in row:
+                raise ScanNetError(
+                    path,
+                    f"record {key}",
+                    "lacks both 'iou' and 'box'",
+                    "Give the overlap, or the box to compute it from",
+                )
         return Loaded(content, None)
     for scene, rows in content.items():
-        if not isinstance(rows, list): raise ScanNetError(path, f"scene {scene}", "holds no list of captioned boxes", "Write {scene: [{caption, box}, ...]}")
+        if not isinstance(rows, list):
+            raise ScanNetError(
+                path, f"scene {scene}", "holds no list of captioned boxes", "Write {scene: [{caption, box}, ...]}"
+            )
         check_records(path, ((f"{scene}, {i}", row) for i, row in enumerate(rows)), "captioned box")
     return Loaded(content, None)
 
 # %% ../../nbs/metrics/07_scoring.ipynb #ac9e89e0
 def remarks(
-    benchmark: str,        # "scanrefer", "scan2cap" or "scanqa"
-    protocol: str,         # named protocol
-    predictions,           # as loaded
-    annotations: list,     # records
+    benchmark: str,  # "scanrefer", "scan2cap" or "scanqa"
+    protocol: str,  # named protocol
+    predictions,  # as loaded
+    annotations: list,  # records
 ) -> list[str]:
     "Sentences on predictions without annotation, annotations without prediction, and missing scene names."
-    if benchmark == "scanrefer": given, known, what = map(grounding_key, predictions), map(grounding_key, annotations), "counted as wrong"
-    elif benchmark == "scanqa": given, known, what = (row["question_id"] for row in predictions), (row["question_id"] for row in annotations), "counted as wrong"
-    elif protocol == "scan2cap_benchmark": given, known, what = predictions, (record["scene_id"] for record in annotations), "counted as missed"
-    else: given, known, what = predictions, map(object_key, annotations), "left out of the corpus" if protocol == "leo" else "counted as missed"
+    if benchmark == "scanrefer":
+        given, known, what = map(grounding_key, predictions), map(grounding_key, annotations), "counted as wrong"
+    elif benchmark == "scanqa":
+        given, known, what = (
+            (row["question_id"] for row in predictions),
+            (row["question_id"] for row in annotations),
+            "counted as wrong",
+        )
+    elif protocol == "scan2cap_benchmark":
+        given, known, what = predictions, (record["scene_id"] for record in annotations), "counted as missed"
+    else:
+        given, known, what = (
+            predictions,
+            map(object_key, annotations),
+            "left out of the corpus" if protocol == "leo" else "counted as missed",
+        )
     given, known = set(given), set(known)
     noun = "scenes" if protocol == "scan2cap_benchmark" else "annotated records"
     said = [f"{len(known - given):,} of {len(known):,} {noun} have no prediction: {what}."] if known - given else []
     if given - known:
         fate = "counted as wrong" if benchmark == "scanrefer" else "not scored"
-        said.append(f"{len(given - known):,} predictions have no annotation, for example {min(given - known, key=str)}: {fate}.")
-    if any(str(record["scene_id"]).startswith("row ") for record in annotations): said.append("The file does not name scenes: intervals treat every record as independent and are too narrow.")
+        said.append(
+            f"{len(given - known):,} predictions have no annotation, for example {min(given - known, key=str)}: {fate}."
+        )
+    if any(str(record["scene_id"]).startswith("row ") for record in annotations):
+        said.append("The file does not name scenes: intervals treat every record as independent and are too narrow.")
     return said
 
 # %% ../../nbs/metrics/07_scoring.ipynb #0ba8af22
@@ -165,46 +242,69 @@ def pool(
     "Measures of several runs as one, seeds included; `ValueError` if the runs differ in figures or records."
     pooled = []
     for same in zip(*runs, strict=True):
-        if len({(m.name, m.n) for m in same}) > 1: raise ValueError(f"runs differ: {', '.join(f'{m.name} over {m.n} records' for m in same)}")
+        if len({(m.name, m.n) for m in same}) > 1:
+            raise ValueError(f"runs differ: {', '.join(f'{m.name} over {m.n} records' for m in same)}")
         has_values = all(m.values is not None for m in same)
         wholes = [m.whole for m in same if m.whole is not None]
         seeds = np.concatenate([np.full(len(m.values if has_values else m.groups), i) for i, m in enumerate(same)])
-        pooled.append(replace(same[0], values=np.concatenate([m.values for m in same]) if has_values else None, seeds=seeds,
-                              groups=np.concatenate([m.groups for m in same]), whole=float(np.mean(wholes)) if len(wholes) == len(same) else None))
+        pooled.append(
+            replace(
+                same[0],
+                values=np.concatenate([m.values for m in same]) if has_values else None,
+                seeds=seeds,
+                groups=np.concatenate([m.groups for m in same]),
+                whole=float(np.mean(wholes)) if len(wholes) == len(same) else None,
+            )
+        )
     return pooled
 
 # %% ../../nbs/metrics/07_scoring.ipynb #7c1d86fb
 @dataclass
 class Row:
     "One line of a score table."
+
     name: str
-    value: float | None             # figure in the unit of the protocol; None: not computed
-    low: float | None               # 95 % bootstrap interval
+    value: float | None  # figure in the unit of the protocol; None: not computed
+    low: float | None  # 95 % bootstrap interval
     high: float | None
-    n: int                          # records
-    binomial: tuple | None          # Wilson interval, where fewer than 1,000 records are right or wrong
-    note: str                       # why something is missing
+    n: int  # records
+    binomial: tuple | None  # Wilson interval, where fewer than 1,000 records are right or wrong
+    note: str  # why something is missing
+
 
 @dataclass
 class Score:
     "The figures of one system under one protocol."
+
     benchmark: str
     protocol: str
-    k: float | None       # overlap of Scan2Cap
-    runs: int             # prediction files
+    k: float | None  # overlap of Scan2Cap
+    runs: int  # prediction files
     rows: list[Row]
     remarks: list[str]
 
-    def json(self) -> str: return json.dumps(asdict(self), allow_nan=False, indent=1)
+    def json(self) -> str:
+        return json.dumps(asdict(self), allow_nan=False, indent=1)
 
     def table(self) -> Table:
         "For rich's `print`."
-        caption = " ".join([f"{self.runs} run{'s' * (self.runs > 1)}; 95 % intervals, bootstrap over scenes{' and runs' * (self.runs > 1)}.", *self.remarks])
-        table = Table(title=f"{self.benchmark}, protocol {self.protocol}" + (f", IoU {self.k}" if self.k is not None else ""), caption=caption)
+        caption = " ".join(
+            [
+                f"{self.runs} run{'s' * (self.runs > 1)}; 95 % intervals, bootstrap over scenes{' and runs' * (self.runs > 1)}.",
+                *self.remarks,
+            ]
+        )
+        table = Table(
+            title=f"{self.benchmark}, protocol {self.protocol}" + (f", IoU {self.k}" if self.k is not None else ""),
+            caption=caption,
+        )
         binomial = any(row.binomial for row in self.rows)
         for heading in ("figure", "value", "95 % interval") + ("binomial",) * binomial + ("n",):
             table.add_column(heading, justify="left" if heading == "figure" else "right", no_wrap=heading != "figure")
-        def span(pair): return "" if pair is None or pair[0] is None else f"{pair[0]:.4g} – {pair[1]:.4g}"
+
+        def span(pair):
+            return "" if pair is None or pair[0] is None else f"{pair[0]:.4g} – {pair[1]:.4g}"
+
         for row in self.rows:
             value = row.note if row.value is None else f"{row.value:.4g}"
             interval = row.note if row.value is not None and row.low is None else span((row.low, row.high))
@@ -214,40 +314,50 @@ class Score:
 # %% ../../nbs/metrics/07_scoring.ipynb #61c9b4f4
 def read_annotations(
     path: str | Path,  # JSON list of ScanRefer or ScanQA records
-    benchmark: str,    # "scanrefer", "scan2cap" or "scanqa"
-    protocol: str,     # named protocol
+    benchmark: str,  # "scanrefer", "scan2cap" or "scanqa"
+    protocol: str,  # named protocol
 ) -> tuple[list, list[str]]:  # records, remarks
     "Read and check annotations; raises `ScanNetError` naming file, record and field."
     if benchmark == "scanqa" or protocol != "scan2cap_benchmark" and benchmark == "scan2cap":
         records, report = (read_scanqa if benchmark == "scanqa" else read_scanrefer)(path)
         return records, [f"{report}."] * bool(report.duplicates)
     records = read_json(path)
-    if not isinstance(records, list) or not records: raise ScanNetError(path, "file", "holds no list of annotations", "Use the benchmark's own file")
+    if not isinstance(records, list) or not records:
+        raise ScanNetError(path, "file", "holds no list of annotations", "Use the benchmark's own file")
     check_records(path, enumerate(records), "annotation")
     return (read_scanrefer(path)[0] if benchmark == "scan2cap" else records), []
 
 # %% ../../nbs/metrics/07_scoring.ipynb #5e4be8a3
 def score(
-    paths: list,                       # prediction files, one for each run
-    benchmark: str,                    # "scanrefer", "scan2cap" or "scanqa"
-    protocol: str,                     # one of `PROTOCOLS[benchmark]`
-    annotations: str | Path = None,    # annotation file, unless the prediction files bring the truth
-    k: float = 0.5,                    # Scan2Cap: overlap that counts as found
-    with_meteor=False,                 # also METEOR (Java)
-    resamples: int = 10_000,           # bootstrap resamples
-    rng=0,                             # numpy Generator or seed
+    paths: list,  # prediction files, one for each run
+    benchmark: str,  # "scanrefer", "scan2cap" or "scanqa"
+    protocol: str,  # one of `PROTOCOLS[benchmark]`
+    annotations: str | Path = None,  # annotation file, unless the prediction files bring the truth
+    k: float = 0.5,  # Scan2Cap: overlap that counts as found
+    with_meteor=False,  # also METEOR (Java)
+    resamples: int = 10_000,  # bootstrap resamples
+    rng=0,  # numpy Generator or seed
 ) -> Score:
     "Score prediction files; raises `ScanNetError` for malformed files, `ValueError` for anything else that does not fit."
     known, said = (None, []) if annotations is None else read_annotations(annotations, benchmark, protocol)
     runs = []
     for path in paths:
         predictions, own = load_predictions(path, benchmark, protocol)
-        if own is not None and known is not None: raise ValueError(f"{path} brings its own annotations: leave the annotation file {annotations} out")
-        if own is None and known is None: raise ValueError(f"{path} holds no annotations: name an annotation file for {benchmark}")
+        if own is not None and known is not None:
+            raise ValueError(f"{path} brings its own annotations: leave the annotation file {annotations} out")
+        if own is None and known is None:
+            raise ValueError(f"{path} holds no annotations: name an annotation file for {benchmark}")
         truth = own if known is None else known
-        said += [remark if len(paths) == 1 else f"{path}: {remark}" for remark in remarks(benchmark, protocol, predictions, truth)]
-        try: runs.append(measures(benchmark, predictions, truth, protocol, k, with_meteor))
-        except ValueError as error: raise ScanNetError(path, "records", str(error), "Correct the file, or name the annotations it belongs to") from None
+        said += [
+            remark if len(paths) == 1 else f"{path}: {remark}"
+            for remark in remarks(benchmark, protocol, predictions, truth)
+        ]
+        try:
+            runs.append(measures(benchmark, predictions, truth, protocol, k, with_meteor))
+        except ValueError as error:
+            raise ScanNetError(
+                path, "records", str(error), "Correct the file, or name the annotations it belongs to"
+            ) from None
     rows = []
     for measure in pool(runs) if len(runs) > 1 else runs[0]:
         value, low, high, n = measure.interval(resamples, np.random.default_rng(rng))

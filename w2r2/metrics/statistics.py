@@ -17,27 +17,29 @@ from scipy.stats import binomtest
 # %% ../../nbs/metrics/00_statistics.ipynb #5590d2bc
 class Interval(NamedTuple):
     "A figure with its interval."
+
     value: float
     low: float
     high: float
-    n: int       # records behind it
+    n: int  # records behind it
 
 # %% ../../nbs/metrics/00_statistics.ipynb #3a7250fb
 def wilson(
-    successes: int,       # records that count as right
-    n: int,               # all records
+    successes: int,  # records that count as right
+    n: int,  # all records
     level: float = 0.95,  # coverage
 ) -> Interval:
     "Wilson score interval of a binomial share; `ValueError` unless 0 <= successes <= n and n > 0."
-    if not (n > 0 and 0 <= successes <= n): raise ValueError(f"wilson: {successes} successes of {n} records is not a share")
+    if not (n > 0 and 0 <= successes <= n):
+        raise ValueError(f"wilson: {successes} successes of {n} records is not a share")
     interval = binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
     return Interval(float(successes / n), float(interval.low), float(interval.high), int(n))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #fa1ab109
 def draw_counts(
     rng: np.random.Generator,  # source of randomness
-    resamples: int,            # number of rows
-    groups: int,               # number of columns
+    resamples: int,  # number of rows
+    groups: int,  # number of columns
 ) -> np.ndarray:  # (resamples, groups) float64; each row adds up to `groups`
     "How often each group appears in each resample."
     drawn = rng.integers(groups, size=(resamples, groups)) + groups * np.arange(resamples)[:, None]
@@ -45,21 +47,22 @@ def draw_counts(
 
 # %% ../../nbs/metrics/00_statistics.ipynb #357999b4
 def resampled_sums(
-    values: np.ndarray,         # (n, k) one row for each record
+    values: np.ndarray,  # (n, k) one row for each record
     groups: np.ndarray = None,  # (n,) scene of each record; None: every record is its own group
-    seeds: np.ndarray = None,   # (n,) training seed of each record; None: seeds are not resampled
-    resamples: int = 10_000,    # bootstrap resamples
-    rng=0,                      # numpy Generator or seed
+    seeds: np.ndarray = None,  # (n,) training seed of each record; None: seeds are not resampled
+    resamples: int = 10_000,  # bootstrap resamples
+    rng=0,  # numpy Generator or seed
 ) -> np.ndarray:  # (resamples, k)
     "Column sums of bootstrap resamples over groups, or over groups and seeds."
     for name, labels in (("groups", groups), ("seeds", seeds)):
-        if labels is not None and len(labels) != len(values): raise ValueError(f"bootstrap: {len(labels)} {name} for {len(values)} values")
+        if labels is not None and len(labels) != len(values):
+            raise ValueError(f"bootstrap: {len(labels)} {name} for {len(values)} values")
     rng = np.random.default_rng(rng)
     group = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
     seed = np.zeros(len(values), int) if seeds is None else np.unique(seeds, return_inverse=True)[1]
     G, S = group.max() + 1, seed.max() + 1
-    cells = np.stack([np.bincount(seed * G + group, column, S * G).reshape(S, G) for column in values.T])    # (k, S, G)
-    chunk = max(1, 2 ** 22 // G)    # bounds the memory where every record is a group
+    cells = np.stack([np.bincount(seed * G + group, column, S * G).reshape(S, G) for column in values.T])  # (k, S, G)
+    chunk = max(1, 2**22 // G)  # bounds the memory where every record is a group
     sums = []
     for start in range(0, resamples, chunk):
         rows = min(chunk, resamples - start)
@@ -70,25 +73,28 @@ def resampled_sums(
 
 # %% ../../nbs/metrics/00_statistics.ipynb #fac28658
 def sums_and_figure(
-    values,                    # (n,) numbers, or (n, k) with a statistic
+    values,  # (n,) numbers, or (n, k) with a statistic
     statistic: Callable = None,  # sums (..., k) -> figures (...); None: the mean of `values`
 ):  # (n, k) columns to add up, and the figure as a function of their sums
     "The mean as a ratio of two sums; `ValueError` for empty or non-finite values."
     values = np.asarray(values, float)
-    if len(values) == 0: raise ValueError("bootstrap: no values")
-    if not np.isfinite(values).all(): raise ValueError(f"bootstrap: value {np.argwhere(~np.isfinite(values))[0][0]} is not finite")
-    if statistic is not None: return values, statistic
+    if len(values) == 0:
+        raise ValueError("bootstrap: no values")
+    if not np.isfinite(values).all():
+        raise ValueError(f"bootstrap: value {np.argwhere(~np.isfinite(values))[0][0]} is not finite")
+    if statistic is not None:
+        return values, statistic
     return np.column_stack([values, np.ones(len(values))]), lambda sums: sums[..., 0] / sums[..., 1]
 
 # %% ../../nbs/metrics/00_statistics.ipynb #8b9fd2da
 def bootstrap(
-    values,                      # (n,) one number for each record, or (n, k) with a statistic
-    groups=None,                 # (n,) scene of each record
-    seeds=None,                  # (n,) training seed of each record
+    values,  # (n,) one number for each record, or (n, k) with a statistic
+    groups=None,  # (n,) scene of each record
+    seeds=None,  # (n,) training seed of each record
     statistic: Callable = None,  # sums (..., k) -> figures (...); None: the mean of `values`
-    resamples: int = 10_000,     # bootstrap resamples
-    level: float = 0.95,         # coverage
-    rng=0,                       # numpy Generator or seed
+    resamples: int = 10_000,  # bootstrap resamples
+    level: float = 0.95,  # coverage
+    rng=0,  # numpy Generator or seed
 ) -> Interval:
     "Percentile bootstrap over scenes and, where given, seeds; `ValueError` for empty, non-finite or unequally long input."
     sums, figure = sums_and_figure(values, statistic)
@@ -99,65 +105,82 @@ def bootstrap(
 # %% ../../nbs/metrics/00_statistics.ipynb #96aa2ce6
 class Difference(NamedTuple):
     "Mean of a - b over the same records."
+
     value: float
     low: float
     high: float
-    n: int       # records
-    p: float     # two-sided, from the bootstrap distribution
+    n: int  # records
+    p: float  # two-sided, from the bootstrap distribution
+
 
 def paired_difference(
-    a,                           # (n,) or (n, k) values of the first arm
-    b,                           # values of the second arm on the same records, in the same order
-    groups=None,                 # (n,) scene of each record
-    seeds=None,                  # (n,) training seed of each record
+    a,  # (n,) or (n, k) values of the first arm
+    b,  # values of the second arm on the same records, in the same order
+    groups=None,  # (n,) scene of each record
+    seeds=None,  # (n,) training seed of each record
     statistic: Callable = None,  # sums (..., k) -> figures (...); None: the mean
-    resamples: int = 10_000,     # bootstrap resamples
-    level: float = 0.95,         # coverage
-    rng=0,                       # numpy Generator or seed
+    resamples: int = 10_000,  # bootstrap resamples
+    level: float = 0.95,  # coverage
+    rng=0,  # numpy Generator or seed
 ) -> Difference:
     "Difference of two arms with its bootstrap interval and p-value; `ValueError` as `bootstrap`, or if the arms differ in shape."
-    if np.shape(a) != np.shape(b): raise ValueError(f"paired_difference: values of shape {np.shape(a)} and {np.shape(b)} are not pairs")
+    if np.shape(a) != np.shape(b):
+        raise ValueError(f"paired_difference: values of shape {np.shape(a)} and {np.shape(b)} are not pairs")
     (first, figure), (second, _) = sums_and_figure(a, statistic), sums_and_figure(b, statistic)
     columns = first.shape[1]
-    def difference(sums): return figure(sums[..., :columns]) - figure(sums[..., columns:])
+
+    def difference(sums):
+        return figure(sums[..., :columns]) - figure(sums[..., columns:])
+
     both = np.hstack([first, second])
     resampled = difference(resampled_sums(both, groups, seeds, resamples, rng))
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
-    return Difference(float(difference(both.sum(0))), float(low), float(high), len(both), float(min(1, 2 * (tail + 1) / (resamples + 1))))
+    return Difference(
+        float(difference(both.sum(0))),
+        float(low),
+        float(high),
+        len(both),
+        float(min(1, 2 * (tail + 1) / (resamples + 1))),
+    )
 
 # %% ../../nbs/metrics/00_statistics.ipynb #5af56b22
 @dataclass
 class Measure:
     "One named figure of a benchmark, with the values behind it."
+
     name: str
-    values: np.ndarray | None             # (n,) or (n, k) one row for each record; None: not computed, or only as a whole
-    groups: np.ndarray                    # (n,) scene of each record
-    statistic: Callable | None = None     # sums (..., k) -> figures (...); None: the mean
-    scale: float = 1.                     # published unit
-    share: bool = False                   # is every value right (1) or wrong (0)?
-    whole: float | None = None            # the figure, where records do not add up to it
-    note: str = ""                        # why there is no figure, or no interval
-    seeds: np.ndarray | None = None       # (n,) run of each record
+    values: np.ndarray | None  # (n,) or (n, k) one row for each record; None: not computed, or only as a whole
+    groups: np.ndarray  # (n,) scene of each record
+    statistic: Callable | None = None  # sums (..., k) -> figures (...); None: the mean
+    scale: float = 1.0  # published unit
+    share: bool = False  # is every value right (1) or wrong (0)?
+    whole: float | None = None  # the figure, where records do not add up to it
+    note: str = ""  # why there is no figure, or no interval
+    seeds: np.ndarray | None = None  # (n,) run of each record
 
     @property
-    def n(self) -> int: return len(self.groups)
+    def n(self) -> int:
+        return len(self.groups)
 
     @property
     def figure(self) -> float | None:
         "The published figure, None where it was not computed."
-        if self.values is None: return None if self.whole is None else self.scale * self.whole
+        if self.values is None:
+            return None if self.whole is None else self.scale * self.whole
         sums, statistic = sums_and_figure(self.values, self.statistic)
         return self.scale * float(statistic(sums.sum(0)))
 
     def interval(self, resamples: int = 10_000, rng=0) -> Interval:
         "The figure with its bootstrap interval over scenes (and runs); bounds are None where records do not add up."
-        if self.values is None: return Interval(self.figure, None, None, self.n)
+        if self.values is None:
+            return Interval(self.figure, None, None, self.n)
         value, low, high, n = bootstrap(self.values, self.groups, self.seeds, self.statistic, resamples, rng=rng)
         return Interval(self.scale * value, self.scale * low, self.scale * high, n)
 
     def binomial(self) -> Interval | None:
         "Wilson's interval of a share of fewer than 1,000 records, else None."
-        if not self.share or self.n >= 1000: return None
+        if not self.share or self.n >= 1000:
+            return None
         value, low, high, n = wilson(self.values.sum(), self.n)
         return Interval(self.scale * value, self.scale * low, self.scale * high, n)

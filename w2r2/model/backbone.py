@@ -8,59 +8,108 @@ __all__ = ['SPECIAL', 'build_tokenizer', 'tiny_config', 'image_patches']
 # %% ../../nbs/model/02_backbone.ipynb #a747c841
 import re
 from collections.abc import Iterable
-import numpy as np, torch
+
+import numpy as np
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
+
 from ..tasks.answers import Bins
 
 # %% ../../nbs/model/02_backbone.ipynb #7bddef6c
 SPECIAL = "<pad>", "<unk>", "<end>", "<answer>", "<image>", "<video>", "<vision_start>", "<vision_end>"
 _PIECES = r"<\w+>|[a-z]+|\d+|[^\sa-z\d]"
 
+
 def build_tokenizer(
     texts: Iterable[str],  # everything the model will read and write
-    bins: Bins = Bins(),   # the answer format
+    bins: Bins = Bins(),  # the answer format
 ) -> PreTrainedTokenizerFast:
     "A tokenizer of lower-case words, numbers and punctuation marks; saved and loaded as JSON by `save_pretrained` and `from_pretrained`."
-    words = sorted({piece for text in texts for piece in re.findall(_PIECES, text.lower())} - set(SPECIAL) - set(bins.vocabulary))
+    words = sorted(
+        {piece for text in texts for piece in re.findall(_PIECES, text.lower())} - set(SPECIAL) - set(bins.vocabulary)
+    )
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *bins.vocabulary, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), "removed", invert=True)
-    tokenizer.decoder = decoders.WordPiece(cleanup=True)     # joins words by blanks, with none before a punctuation mark
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>",
-                                   extra_special_tokens=["<answer>", "<image>"], clean_up_tokenization_spaces=False)
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)  # joins words by blanks, with none before a punctuation mark
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<end>",
+        extra_special_tokens=["<answer>", "<image>"],
+        clean_up_tokenization_spaces=False,
+    )
 
 # %% ../../nbs/model/02_backbone.ipynb #edbf3154
 def tiny_config(
     tokenizer: PreTrainedTokenizerFast,
-    hidden: int = 64,     # width of the decoder; a multiple of 64
+    hidden: int = 64,  # width of the decoder; a multiple of 64
     vision_hidden: int = 64,  # width of the vision tower; 128 in `rooms-tiny`
-    layers: int = 3,      # decoder layers
-    blocks: int = 4,      # vision blocks, all with attention over the whole view
-    patch: int = 14,      # side of a patch [pixel]
+    layers: int = 3,  # decoder layers
+    blocks: int = 4,  # vision blocks, all with attention over the whole view
+    patch: int = 14,  # side of a patch [pixel]
 ) -> Qwen2_5_VLConfig:
     "A Qwen2.5-VL of the size of `rooms-tiny`; four heads, feed-forward layers of twice the width."
     image, video, start, end = tokenizer.convert_tokens_to_ids(["<image>", "<video>", "<vision_start>", "<vision_end>"])
     section = [hidden // 32, hidden * 3 // 64, hidden * 3 // 64]
-    text = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-                num_key_value_heads=4, max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 100_000.0, "mrope_section": section},
-                initializer_range=hidden ** -0.5, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    vision = dict(depth=blocks, hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_heads=4, patch_size=patch, spatial_merge_size=1, temporal_patch_size=1,
-                  out_hidden_size=hidden, fullatt_block_indexes=list(range(blocks)), initializer_range=vision_hidden ** -0.5)
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=image, video_token_id=video,
-                            vision_start_token_id=start, vision_end_token_id=end)
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0, "mrope_section": section},
+        initializer_range=hidden**-0.5,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = dict(
+        depth=blocks,
+        hidden_size=vision_hidden,
+        intermediate_size=2 * vision_hidden,
+        num_heads=4,
+        patch_size=patch,
+        spatial_merge_size=1,
+        temporal_patch_size=1,
+        out_hidden_size=hidden,
+        fullatt_block_indexes=list(range(blocks)),
+        initializer_range=vision_hidden**-0.5,
+    )
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
 
 # %% ../../nbs/model/02_backbone.ipynb #558b89d7
 def image_patches(
     images: np.ndarray,  # (V, H, W, 3) uint8, sides a multiple of patch size times merge size
     config: Qwen2_5_VLConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:  # (V * rows * columns, values of a patch) and (V, 3): 1, rows, columns of each view
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # (V * rows * columns, values of a patch) and (V, 3): 1, rows, columns of each view
     "Views as the vision tower takes them; raises ValueError if they cannot be cut into whole patches."
     vision = config.vision_config
     side = vision.patch_size * vision.spatial_merge_size
     if images.shape[1] % side or images.shape[2] % side:
-        raise ValueError(f"views of {images.shape[2]} x {images.shape[1]} pixels do not divide into patches of {side}; prepare them at another size")
-    processor = Qwen2VLImageProcessorPil(patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size, merge_size=vision.spatial_merge_size, do_resize=False)
+        raise ValueError(
+            f"views of {images.shape[2]} x {images.shape[1]} pixels do not divide into patches of {side}; prepare them at another size"
+        )
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        do_resize=False,
+    )
     cut = processor(list(images), return_tensors="pt")
     return cut["pixel_values"], cut["image_grid_thw"]

@@ -13,31 +13,32 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from ..tasks.answers import Bins
 from .fused import FusedVLM
 from .packing import Packer
+from ..tasks.answers import Bins
 
 # %% ../../nbs/model/05_checkpoint.ipynb #cc7a6c20
 def save(
     model: FusedVLM,
     tokenizer: PreTrainedTokenizerFast,
-    bins: Bins,            # the answer format
+    bins: Bins,  # the answer format
     folder: str | Path,
 ):
     "Write a model with its tokenizer and answer format."
-    logging.disable_progress_bar()    # its clock would stand in executed notebooks
+    logging.disable_progress_bar()  # its clock would stand in executed notebooks
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Path(folder, "bins.json").write_text(json.dumps(asdict(bins)), encoding="utf-8")
 
 
 def companions(
-    folder: str | Path,    # of a model
+    folder: str | Path,  # of a model
 ) -> tuple[PreTrainedTokenizerFast, Packer]:
     "Tokenizer and packer of a model; raises `FileNotFoundError` if the folder does not hold them."
     folder = Path(folder)
     for name in ("config.json", "tokenizer.json", "bins.json"):
-        if not (folder / name).is_file(): raise FileNotFoundError(f"{folder}: has no {name}; name the folder of a model, such as data/rooms-tiny")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: has no {name}; name the folder of a model, such as data/rooms-tiny")
     values, config = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("bins.json", "config.json"))
     bins = Bins(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -7,57 +7,75 @@ __all__ = ['ENCODERS', 'reconstruct', 'Pointmap', 'move_geometry', 'move_boxes',
 
 # %% ../../nbs/model/00_encoders.ipynb #c00faaa7
 from dataclasses import dataclass
-import numpy as np, torch
+
+import numpy as np
+import torch
 from scipy.ndimage import distance_transform_edt
-from ..tasks.answers import gravity_frame
+
 from ..scans.cameras import invert_rigid, transform_points
+from ..tasks.answers import gravity_frame
 
 # %% ../../nbs/model/00_encoders.ipynb #bb80e224
 def reconstruct(
-    depth: np.ndarray,          # (V, h, w) [m], 0 = not measured
-    poses: np.ndarray,          # (V, 4, 4) camera-to-scan
-    level: float,               # standard deviation of log depth; 0 changes nothing
+    depth: np.ndarray,  # (V, h, w) [m], 0 = not measured
+    poses: np.ndarray,  # (V, 4, 4) camera-to-scan
+    level: float,  # standard deviation of log depth; 0 changes nothing
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # depth and poses like those given
     "Depth and poses as a reconstruction from images would have them: scale errors per view, slow bending, drift of the poses."
     count, height, width = depth.shape
-    def blend(size, nodes):     # rows of unit norm keep the variance 1 everywhere
+
+    def blend(size, nodes):  # rows of unit norm keep the variance 1 everywhere
         weights = np.exp(-2 * (np.linspace(0, nodes - 1, size)[:, None] - np.arange(nodes)) ** 2)
         return weights / np.linalg.norm(weights, axis=1, keepdims=True)
+
     bend = blend(height, 4) @ rng.standard_normal((count, 4, 5)) @ blend(width, 5).T
     error = np.exp(level * (0.6 * rng.standard_normal((count, 1, 1)) + 0.8 * bend))
     steps = rng.standard_normal((count, 4)) * level * [0.2, 0.2, 0.2, 0.1]
-    steps[0] = 0                # the first view is the origin of a reconstruction
+    steps[0] = 0  # the first view is the origin of a reconstruction
     *shift, yaw = steps.cumsum(0).T
     drift = np.zeros_like(poses)
     drift[:, 0, 0] = drift[:, 1, 1] = np.cos(yaw)
     drift[:, 1, 0], drift[:, 0, 1] = np.sin(yaw), -np.sin(yaw)
     drift[:, 2, 2] = drift[:, 3, 3] = 1
     moved = drift @ poses
-    moved[:, :3, 3] = poses[:, :3, 3] + np.transpose(shift)     # turn about the camera, not about the origin of the scan
+    moved[:, :3, 3] = poses[:, :3, 3] + np.transpose(shift)  # turn about the camera, not about the origin of the scan
     return depth * error, moved
 
 # %% ../../nbs/model/00_encoders.ipynb #36f3f410
 @dataclass(frozen=True)
 class Pointmap:
     "Back-projected depth per patch. Video-3D LLM averages the points of a patch; we keep four of them, and their mean."
-    grid: tuple[int, int] = (6, 8)   # rows and columns of patches in a view
-    noise: float = 0.0               # level of `reconstruct`; 0 = sensor depth
-    dim = 16                         # five points [m] and the share of measured quarters
 
-    def __call__(self,
-        views: dict[str, np.ndarray],  # `depth` [m], `color`, `poses`, `intrinsic_color`, `intrinsic_depth` of one scene, as in `w2r2.scans.prepared`
-        seed: int = 0,                 # of the noise: the number of the scene
-    ) -> torch.Tensor:                 # (V * rows * columns, 16) float32, view by view, row by row; NaN in a view that does not exist
+    grid: tuple[int, int] = (6, 8)  # rows and columns of patches in a view
+    noise: float = 0.0  # level of `reconstruct`; 0 = sensor depth
+    dim = 16  # five points [m] and the share of measured quarters
+
+    def __call__(
+        self,
+        views: dict[
+            str, np.ndarray
+        ],  # `depth` [m], `color`, `poses`, `intrinsic_color`, `intrinsic_depth` of one scene, as in `w2r2.scans.prepared`
+        seed: int = 0,  # of the noise: the number of the scene
+    ) -> torch.Tensor:  # (V * rows * columns, 16) float32, view by view, row by row; NaN in a view that does not exist
         "The features of a scene; raises ValueError for a scene without depth."
         depth, poses = views["depth"].astype(float), views["poses"]
-        if not depth.any(): raise ValueError("no view of this scene has depth; encode it another way, or leave it out")
-        if self.noise: depth, poses = reconstruct(depth, poses, self.noise, np.random.default_rng(seed))
+        if not depth.any():
+            raise ValueError("no view of this scene has depth; encode it another way, or leave it out")
+        if self.noise:
+            depth, poses = reconstruct(depth, poses, self.noise, np.random.default_rng(seed))
         rays, measured, z = self._sample(views, depth)
         frames = gravity_frame(torch.as_tensor(poses)).numpy()
-        quarters = transform_points(poses, rays * z[..., None])                                              # (V, 4 P, 3) in the scan
+        quarters = transform_points(poses, rays * z[..., None])  # (V, 4 P, 3) in the scan
         rows, columns = self.grid
-        def per_patch(array): return array.reshape(len(depth), rows, 2, columns, 2, -1).swapaxes(2, 3).reshape(len(depth), rows * columns, 4, -1)
+
+        def per_patch(array):
+            return (
+                array.reshape(len(depth), rows, 2, columns, 2, -1)
+                .swapaxes(2, 3)
+                .reshape(len(depth), rows * columns, 4, -1)
+            )
+
         own = per_patch(transform_points(invert_rigid(frames), quarters))
         mean = transform_points(invert_rigid(frames[0]), per_patch(quarters).mean(2))
         features = np.concatenate([own.reshape(*mean.shape[:2], 12), mean, per_patch(measured).mean(2)], -1)
@@ -67,8 +85,15 @@ class Pointmap:
         "Rays (4 P, 3) through the quarters of the patches, which of them hit a measured pixel (V, 4 P), and depth there [m] (V, 4 P)."
         height, width = views["color"].shape[1:3]
         rows, columns = 2 * self.grid[0], 2 * self.grid[1]
-        v, u = np.meshgrid((np.arange(rows) + 0.5) * height / rows - 0.5, (np.arange(columns) + 0.5) * width / columns - 0.5, indexing="ij")
-        rays = np.stack([u.ravel(), v.ravel(), np.ones(rows * columns)], -1) @ np.linalg.inv(views["intrinsic_color"][:3, :3]).T
+        v, u = np.meshgrid(
+            (np.arange(rows) + 0.5) * height / rows - 0.5,
+            (np.arange(columns) + 0.5) * width / columns - 0.5,
+            indexing="ij",
+        )
+        rays = (
+            np.stack([u.ravel(), v.ravel(), np.ones(rows * columns)], -1)
+            @ np.linalg.inv(views["intrinsic_color"][:3, :3]).T
+        )
         x, y = np.rint(rays @ views["intrinsic_depth"][:3, :3].T)[:, :2].T.astype(int)
         column, row = x.clip(0, depth.shape[2] - 1), y.clip(0, depth.shape[1] - 1)
         filled = np.empty_like(depth)
@@ -80,27 +105,27 @@ class Pointmap:
 # %% ../../nbs/model/00_encoders.ipynb #cdde8fec
 def move_geometry(
     geometry: torch.Tensor,  # (B, N, 16) from `Pointmap`
-    views: torch.Tensor,     # (B, N) view of each patch
-    poses: torch.Tensor,     # (B, V, 4, 4) camera-to-scan
-    shift: torch.Tensor,     # (B, 3) in the scan frame [m]
-    scale: torch.Tensor,     # (B,)
-    centre: torch.Tensor,    # (B, 3) point of the scan that the scaling leaves in place [m]
-) -> torch.Tensor:           # (B, N, 16)
+    views: torch.Tensor,  # (B, N) view of each patch
+    poses: torch.Tensor,  # (B, V, 4, 4) camera-to-scan
+    shift: torch.Tensor,  # (B, 3) in the scan frame [m]
+    scale: torch.Tensor,  # (B,)
+    centre: torch.Tensor,  # (B, 3) point of the scan that the scaling leaves in place [m]
+) -> torch.Tensor:  # (B, N, 16)
     "do(F3D): the features of a scene whose every point p has gone to centre + scale (p - centre) + shift."
     frames = gravity_frame(poses)
     push = (scale[:, None, None] - 1) * (frames[..., :3, 3] - centre[:, None]) + shift[:, None]
-    offset = torch.einsum("bvji,bvj->bvi", frames[..., :3, :3], push).to(geometry)                     # (B, V, 3)
+    offset = torch.einsum("bvji,bvj->bvi", frames[..., :3, :3], push).to(geometry)  # (B, V, 3)
     own = offset.gather(1, views[..., None].expand(-1, -1, 3))
     offsets = torch.cat([own.repeat(1, 1, 4), offset[:, :1].expand_as(own)], -1)
     return torch.cat([geometry[..., :15] * scale[:, None, None].to(geometry) + offsets, geometry[..., 15:]], -1)
 
 # %% ../../nbs/model/00_encoders.ipynb #aee0e109
 def move_boxes(
-    boxes: torch.Tensor,   # (B, ..., 6) in the scan frame [m]
-    shift: torch.Tensor,   # (B, 3) [m]
-    scale: torch.Tensor,   # (B,)
+    boxes: torch.Tensor,  # (B, ..., 6) in the scan frame [m]
+    shift: torch.Tensor,  # (B, 3) [m]
+    scale: torch.Tensor,  # (B,)
     centre: torch.Tensor,  # (B, 3) [m]
-) -> torch.Tensor:         # (B, ..., 6)
+) -> torch.Tensor:  # (B, ..., 6)
     "Where the boxes of a scene are after `move_geometry`."
     shift, scale, centre = (value.reshape(len(boxes), *[1] * (boxes.ndim - 2), -1) for value in (shift, scale, centre))
     return torch.cat([centre + scale * (boxes[..., :3] - centre) + shift, scale * boxes[..., 3:]], -1)
@@ -108,11 +133,14 @@ def move_boxes(
 # %% ../../nbs/model/00_encoders.ipynb #c84c7dcf
 ENCODERS = {"pointmap": Pointmap}
 
+
 def encoder3d(
-    name: str,   # "pointmap"
-    **options,   # of the encoder
+    name: str,  # "pointmap"
+    **options,  # of the encoder
 ):
     "A 3D encoder by name; raises NotImplementedError for one that is planned, ValueError for one that is not known."
-    if name in ("vggt", "imvoxelnet"): raise NotImplementedError(f"the 3D encoder {name!r} is planned; use one of {sorted(ENCODERS)}")
-    if name not in ENCODERS: raise ValueError(f"no 3D encoder {name!r}; use one of {sorted(ENCODERS)}")
+    if name in ("vggt", "imvoxelnet"):
+        raise NotImplementedError(f"the 3D encoder {name!r} is planned; use one of {sorted(ENCODERS)}")
+    if name not in ENCODERS:
+        raise ValueError(f"no 3D encoder {name!r}; use one of {sorted(ENCODERS)}")
     return ENCODERS[name](**options)

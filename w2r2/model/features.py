@@ -10,13 +10,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from joblib import Parallel, delayed
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+
 from .encoders import encoder3d
-from ..scans.files import atomic_write
 from .fused import FusedVLM
+from ..scans.files import atomic_write
 from ..scans.prepared import Prepared
 from ..tasks.samples import captioned_objects, read_scanqa, read_scanrefer, scene_views
 
@@ -24,104 +27,145 @@ from ..tasks.samples import captioned_objects, read_scanqa, read_scanrefer, scen
 @dataclass(frozen=True)
 class Features:
     "Features of the scenes of a split; arrays are memory-mapped, and their first axis is the scene."
-    scenes: list[str]          # (S,) scene ids
-    f2d: np.ndarray            # (S, V * patches, d) float16
-    geometry: np.ndarray       # (S, V * patches, g) float32 [m]
-    visual_index: np.ndarray   # (S, N) int16, increasing, then -1 if there are fewer: the patches shown to the language model
-    poses: np.ndarray          # (S, V, 4, 4) float64 camera-to-scan
+
+    scenes: list[str]  # (S,) scene ids
+    f2d: np.ndarray  # (S, V * patches, d) float16
+    geometry: np.ndarray  # (S, V * patches, g) float32 [m]
+    visual_index: (
+        np.ndarray
+    )  # (S, N) int16, increasing, then -1 if there are fewer: the patches shown to the language model
+    poses: np.ndarray  # (S, V, 4, 4) float64 camera-to-scan
 
     @classmethod
-    def open(cls,
+    def open(
+        cls,
         folder: str | Path,
-        noise: float = 0.0,    # level of `w2r2.model.encoders.reconstruct` of the geometry to use
+        noise: float = 0.0,  # level of `w2r2.model.encoders.reconstruct` of the geometry to use
     ) -> "Features":
         "Open what `encode` wrote; raises FileNotFoundError saying how to make it."
         folder = Path(folder)
-        files = {name: folder / f"{name}.npy" for name in ("f2d", "visual_index", "poses")} | {"geometry": _geometry(folder, noise)}
+        files = {name: folder / f"{name}.npy" for name in ("f2d", "visual_index", "poses")} | {
+            "geometry": _geometry(folder, noise)
+        }
         if not (folder / "scenes.json").is_file() or not files["geometry"].is_file():
-            raise FileNotFoundError(f"{folder}: no features with geometry noise {noise}; add it to encode.noises in params.yaml and run `dvc repro encode`")
-        return cls(json.loads((folder / "scenes.json").read_text()), **{name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in files.items()})
+            raise FileNotFoundError(
+                f"{folder}: no features with geometry noise {noise}; add it to encode.noises in params.yaml and run `dvc repro encode`"
+            )
+        return cls(
+            json.loads((folder / "scenes.json").read_text()),
+            **{name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in files.items()},
+        )
 
-def _geometry(folder: Path, noise: float) -> Path: return folder / f"geometry_{noise:g}.npy"
+
+def _geometry(folder: Path, noise: float) -> Path:
+    return folder / f"geometry_{noise:g}.npy"
 
 # %% ../../nbs/model/06_features.ipynb #ea88b9ab
 def encode_views(
-    model: FusedVLM,                     # its vision tower and the name of its 3D encoder are used
-    views: dict[str, np.ndarray],        # of a scene, as from `w2r2.scans.prepared.prepare_scan`
+    model: FusedVLM,  # its vision tower and the name of its 3D encoder are used
+    views: dict[str, np.ndarray],  # of a scene, as from `w2r2.scans.prepared.prepare_scan`
     scene_id: str,
-    noises: Sequence[float] = (0.0,),    # levels of geometry noise
-    keep: int = 128,                     # patches shown to the language model
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:  # (P, d) F2D, (P, g) F3D at each level of noise, (N,) patches shown, increasing
+    noises: Sequence[float] = (0.0,),  # levels of geometry noise
+    keep: int = 128,  # patches shown to the language model
+) -> tuple[
+    torch.Tensor, list[torch.Tensor], torch.Tensor
+]:  # (P, d) F2D, (P, g) F3D at each level of noise, (N,) patches shown, increasing
     "What the model sees of a scene; raises ValueError for one without depth."
     config, f2d = model.config, model.encode_images(views["color"])
-    geometry = [encoder3d(config.encoder3d, grid=tuple(config.grid), noise=noise)(views, int(scene_id[5:9])) for noise in noises]
+    geometry = [
+        encoder3d(config.encoder3d, grid=tuple(config.grid), noise=noise)(views, int(scene_id[5:9])) for noise in noises
+    ]
     there = geometry[0].isfinite().all(1).nonzero()[:, 0]
     return f2d, geometry, there[model.choose_patches(f2d[there], keep)]
 
 # %% ../../nbs/model/06_features.ipynb #37d50dbb
-def _encode_scene(model: FusedVLM, prepared: Prepared, row: int, noises: list[float], keep: int) -> dict[str, np.ndarray]:
+def _encode_scene(
+    model: FusedVLM, prepared: Prepared, row: int, noises: list[float], keep: int
+) -> dict[str, np.ndarray]:
     torch.set_num_threads(1)
-    views = {name: np.array(getattr(prepared, name)[row]) for name in ("color", "depth", "poses", "intrinsic_color", "intrinsic_depth")}
+    views = {
+        name: np.array(getattr(prepared, name)[row])
+        for name in ("color", "depth", "poses", "intrinsic_color", "intrinsic_depth")
+    }
     f2d, geometry, chosen = encode_views(model, views, prepared.scenes[row], noises, keep)
     index = np.full(min(keep, len(f2d)), -1, np.int16)
-    index[:len(chosen)] = chosen
-    return {"f2d": f2d.numpy().astype(np.float16), "visual_index": index, "poses": views["poses"],
-            **{_geometry(Path(), noise).stem: part.numpy() for noise, part in zip(noises, geometry)}}
+    index[: len(chosen)] = chosen
+    return {
+        "f2d": f2d.numpy().astype(np.float16),
+        "visual_index": index,
+        "poses": views["poses"],
+        **{_geometry(Path(), noise).stem: part.numpy() for noise, part in zip(noises, geometry)},
+    }
+
 
 def encode(
-    model: FusedVLM,            # its vision tower and the name of its 3D encoder are used
-    prepared: Prepared,         # views of the split
-    folder: str | Path,         # where the arrays go
-    noises: list[float] = [0.0],# levels of geometry noise, an array each
-    keep: int = 128,            # patches shown to the language model
-    workers: int = 1,           # processes, one thread each
-) -> Features:                  # with the first of the noises
+    model: FusedVLM,  # its vision tower and the name of its 3D encoder are used
+    prepared: Prepared,  # views of the split
+    folder: str | Path,  # where the arrays go
+    noises: list[float] = [0.0],  # levels of geometry noise, an array each
+    keep: int = 128,  # patches shown to the language model
+    workers: int = 1,  # processes, one thread each
+) -> Features:  # with the first of the noises
     "Encode a split; raises ValueError for a scene without depth."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scenes.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
-    rows = Parallel(workers, return_as="generator")(delayed(_encode_scene)(model, prepared, row, noises, keep) for row in range(len(prepared.scenes)))
+    rows = Parallel(workers, return_as="generator")(
+        delayed(_encode_scene)(model, prepared, row, noises, keep) for row in range(len(prepared.scenes))
+    )
     arrays = {}
     for row, part in enumerate(tqdm(rows, f"features: {folder.name}", len(prepared.scenes), unit="scene")):
         for name, array in part.items():
-            if row == 0: arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", array.dtype, (len(prepared.scenes), *array.shape))
+            if row == 0:
+                arrays[name] = np.lib.format.open_memmap(
+                    folder / f"{name}.npy", "w+", array.dtype, (len(prepared.scenes), *array.shape)
+                )
             arrays[name][row] = array
-    for array in arrays.values(): array.flush()
-    with atomic_write(folder / "scenes.json") as file: file.write(json.dumps(prepared.scenes).encode())
+    for array in arrays.values():
+        array.flush()
+    with atomic_write(folder / "scenes.json") as file:
+        file.write(json.dumps(prepared.scenes).encode())
     return Features.open(folder, noises[0])
 
 # %% ../../nbs/model/06_features.ipynb #ef807adc
 @dataclass(frozen=True)
 class Ragged:
     "Lists of whole numbers, one after the other."
-    values: np.ndarray   # (sum of lengths,)
-    ends: np.ndarray     # (rows + 1,): row i is values[ends[i]:ends[i + 1]]
+
+    values: np.ndarray  # (sum of lengths,)
+    ends: np.ndarray  # (rows + 1,): row i is values[ends[i]:ends[i + 1]]
 
     @classmethod
     def of(cls, rows: list[list[int]], dtype=np.int32) -> "Ragged":
         "Pack lists."
         return cls(np.array([value for row in rows for value in row], dtype), np.cumsum([0, *map(len, rows)]))
 
-    def __len__(self): return len(self.ends) - 1
-    def __getitem__(self, row: int) -> list[int]: return self.values[self.ends[row]:self.ends[row + 1]].tolist()
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, row: int) -> list[int]:
+        return self.values[self.ends[row] : self.ends[row + 1]].tolist()
 
 # %% ../../nbs/model/06_features.ipynb #7c66bdb7
 TASKS = "scanrefer", "scan2cap", "scanqa"
 
+
 @dataclass(frozen=True)
 class Queries:
     "The queries of a split, all tasks in one table; `ids` and `answered` are as in `w2r2.tasks.samples.Sample`."
-    ids: list[str]         # (Q,) id of the record within its task
-    task: np.ndarray       # (Q,) int8 place in TASKS
-    scene: np.ndarray      # (Q,) int32 row of the scene in `Features`
-    objects: np.ndarray    # (Q,) int32 object asked about, -1 for questions
-    view: np.ndarray       # (Q,) int8 view that shows it best; -1 if none does, and for questions
-    boxes: np.ndarray      # (Q, 6) float64 in the scan frame [m]; NaN for questions
-    prompts: Ragged        # tokens of the text; none for captions, which are asked for by a box
-    answers: Ragged        # tokens of every answer of every query
-    first: np.ndarray      # (Q + 1,) answers of query q: first[q] to first[q + 1]
 
-    def __len__(self): return len(self.ids)
+    ids: list[str]  # (Q,) id of the record within its task
+    task: np.ndarray  # (Q,) int8 place in TASKS
+    scene: np.ndarray  # (Q,) int32 row of the scene in `Features`
+    objects: np.ndarray  # (Q,) int32 object asked about, -1 for questions
+    view: np.ndarray  # (Q,) int8 view that shows it best; -1 if none does, and for questions
+    boxes: np.ndarray  # (Q, 6) float64 in the scan frame [m]; NaN for questions
+    prompts: Ragged  # tokens of the text; none for captions, which are asked for by a box
+    answers: Ragged  # tokens of every answer of every query
+    first: np.ndarray  # (Q + 1,) answers of query q: first[q] to first[q + 1]
+
+    def __len__(self):
+        return len(self.ids)
 
     def answered(self, query: int) -> list[list[int]]:
         "Accepted answers, tokenised; none for boxes."
@@ -130,23 +174,39 @@ class Queries:
     def save(self, folder: str | Path):
         "Write to a folder."
         folder = Path(folder)
-        np.savez(folder / "queries.npz", task=self.task, scene=self.scene, objects=self.objects, view=self.view, boxes=self.boxes, first=self.first,
-                 prompts=self.prompts.values, prompt_ends=self.prompts.ends, answers=self.answers.values, answer_ends=self.answers.ends)
-        with atomic_write(folder / "queries.json") as file: file.write(json.dumps(self.ids).encode())
+        np.savez(
+            folder / "queries.npz",
+            task=self.task,
+            scene=self.scene,
+            objects=self.objects,
+            view=self.view,
+            boxes=self.boxes,
+            first=self.first,
+            prompts=self.prompts.values,
+            prompt_ends=self.prompts.ends,
+            answers=self.answers.values,
+            answer_ends=self.answers.ends,
+        )
+        with atomic_write(folder / "queries.json") as file:
+            file.write(json.dumps(self.ids).encode())
 
     @classmethod
     def open(cls, folder: str | Path) -> "Queries":
         "Read what `save` wrote."
         folder = Path(folder)
-        with np.load(folder / "queries.npz", allow_pickle=False) as file: parts = dict(file)
-        prompts, answers = Ragged(parts.pop("prompts"), parts.pop("prompt_ends")), Ragged(parts.pop("answers"), parts.pop("answer_ends"))
+        with np.load(folder / "queries.npz", allow_pickle=False) as file:
+            parts = dict(file)
+        prompts, answers = (
+            Ragged(parts.pop("prompts"), parts.pop("prompt_ends")),
+            Ragged(parts.pop("answers"), parts.pop("answer_ends")),
+        )
         return cls(json.loads((folder / "queries.json").read_text()), prompts=prompts, answers=answers, **parts)
 
 # %% ../../nbs/model/06_features.ipynb #47cf0fce
 def tokenise(
-    root: str | Path,           # of the ScanNet release
+    root: str | Path,  # of the ScanNet release
     split: str,
-    scenes: list[str],          # scene ids, in the order of `Features`
+    scenes: list[str],  # scene ids, in the order of `Features`
     tokenizer: PreTrainedTokenizerBase,
     views: int = 6,
 ) -> Queries:
@@ -154,14 +214,37 @@ def tokenise(
     root, place = Path(root), {scene: row for row, scene in enumerate(scenes)}
     described, _ = read_scanrefer(root / "scanrefer" / f"ScanRefer_filtered_{split}.json", place.keys())
     questions, _ = read_scanqa(root / "scanqa" / f"ScanQA_v1.0_{split}.json", place.keys())
-    rows = [(f"{r['scene_id']}|{r['object_id']}|{r['ann_id']}", 0, r["scene_id"], int(r["object_id"]), r["description"], []) for r in described]
-    rows += [(f"{r['scene_id']}|{r['object_id']}|{r['object_name']}", 1, r["scene_id"], int(r["object_id"]), "", [a["description"] for a in r["annotations"]]) for r in captioned_objects(described)]
+    rows = [
+        (f"{r['scene_id']}|{r['object_id']}|{r['ann_id']}", 0, r["scene_id"], int(r["object_id"]), r["description"], [])
+        for r in described
+    ]
+    rows += [
+        (
+            f"{r['scene_id']}|{r['object_id']}|{r['object_name']}",
+            1,
+            r["scene_id"],
+            int(r["object_id"]),
+            "",
+            [a["description"] for a in r["annotations"]],
+        )
+        for r in captioned_objects(described)
+    ]
     rows += [(r["question_id"], 2, r["scene_id"], -1, r["question"], r["answers"]) for r in questions]
     ids, task, scene, objects, prompts, answers = map(list, zip(*rows))
     shown = {name: scene_views(root, name, views) for name in set(scene)}
-    def words(texts): return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    def words(texts):
+        return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
     nowhere = np.full(6, np.nan)
-    return Queries(ids, np.array(task, np.int8), np.array([place[name] for name in scene], np.int32), np.array(objects, np.int32),
-                   np.array([shown[name].best.get(number, -1) for name, number in zip(scene, objects)], np.int8),
-                   np.array([shown[name].boxes.get(number, nowhere) for name, number in zip(scene, objects)]),
-                   Ragged.of(words(prompts)), Ragged.of(words([text for several in answers for text in several])), np.cumsum([0, *map(len, answers)]))
+    return Queries(
+        ids,
+        np.array(task, np.int8),
+        np.array([place[name] for name in scene], np.int32),
+        np.array(objects, np.int32),
+        np.array([shown[name].best.get(number, -1) for name, number in zip(scene, objects)], np.int8),
+        np.array([shown[name].boxes.get(number, nowhere) for name, number in zip(scene, objects)]),
+        Ragged.of(words(prompts)),
+        Ragged.of(words([text for several in answers for text in several])),
+        np.cumsum([0, *map(len, answers)]),
+    )

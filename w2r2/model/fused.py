@@ -7,11 +7,14 @@ __all__ = ['INPUTS', 'FusedConfig', 'Additions', 'FusedOutput', 'FusedVLM']
 
 # %% ../../nbs/model/04_fused.ipynb #305642d8
 from dataclasses import dataclass
-import numpy as np, torch
+
+import numpy as np
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import ModelOutput
+
 from .backbone import image_patches
 from .fusion import Fusion
 
@@ -19,23 +22,25 @@ from .fusion import Fusion
 @strict
 class FusedConfig(PreTrainedConfig):
     "What `FusedVLM` is made of."
+
     model_type = "w2r2"
     sub_configs_defaults = {"vlm_config": Qwen2_5_VLConfig}
 
     vlm_config: dict | PreTrainedConfig | None = None
-    encoder3d: str = "pointmap"         # name in `w2r2.model.encoders`
-    encoder3d_dim: int = 16             # width of F3D
-    coordinates: int = 15               # how many of its numbers are metres
-    fusion: str = "add"                 # see `w2r2.model.fusion`
-    zero: str = "projected"             # what 0 means in Phi(F2D, 0)
+    encoder3d: str = "pointmap"  # name in `w2r2.model.encoders`
+    encoder3d_dim: int = 16  # width of F3D
+    coordinates: int = 15  # how many of its numbers are metres
+    fusion: str = "add"  # see `w2r2.model.fusion`
+    zero: str = "projected"  # what 0 means in Phi(F2D, 0)
     grid: tuple[int, int] | list[int] = (6, 8)  # rows and columns of visual tokens in a view
     views: int = 6
-    embedding_additions: bool = False   # see `Additions`
+    embedding_additions: bool = False  # see `Additions`
     answer_token_id: int | None = None  # the next three are needed by the additions
-    first_bin: int | None = None        # id of the first token of `w2r2.tasks.answers.Bins`
+    first_bin: int | None = None  # id of the first token of `w2r2.tasks.answers.Bins`
 
     @property
-    def text_config(self): return self.vlm_config.text_config
+    def text_config(self):
+        return self.vlm_config.text_config
 
 # %% ../../nbs/model/04_fused.ipynb #7c8213e5
 class Additions(nn.Module):
@@ -45,33 +50,49 @@ class Additions(nn.Module):
         super().__init__()
         self.config = config
         hidden = config.text_config.hidden_size
-        self.view, self.patch = nn.Embedding(config.views, hidden), nn.Embedding(config.grid[0] * config.grid[1], hidden)
+        self.view, self.patch = (
+            nn.Embedding(config.views, hidden),
+            nn.Embedding(config.grid[0] * config.grid[1], hidden),
+        )
         self.query = nn.Linear(hidden, hidden, bias=False)
-        self.importance, self.order = nn.Parameter(torch.zeros(hidden)), nn.Parameter(torch.zeros(64))   # of a word of the prompt; of its place
+        self.importance, self.order = (
+            nn.Parameter(torch.zeros(hidden)),
+            nn.Parameter(torch.zeros(64)),
+        )  # of a word of the prompt; of its place
         self.object = nn.Linear(hidden, 1)
 
     def visual(self, visual_index: torch.Tensor) -> torch.Tensor:
         "(B, N) to (B, N, hidden): embedding of the view and of the patch within it."
-        return self.view(visual_index // self.patch.num_embeddings) + self.patch(visual_index % self.patch.num_embeddings)
+        return self.view(visual_index // self.patch.num_embeddings) + self.patch(
+            visual_index % self.patch.num_embeddings
+        )
 
-    def text(self, 
-        embedded: torch.Tensor,   # (B, T, hidden) word embeddings
+    def text(
+        self,
+        embedded: torch.Tensor,  # (B, T, hidden) word embeddings
         input_ids: torch.Tensor,  # (B, T)
-        place: torch.Tensor,      # (B, T) text positions
-        segment: torch.Tensor,    # (B, T)
-    ) -> torch.Tensor:            # (B, T, hidden)
+        place: torch.Tensor,  # (B, T) text positions
+        segment: torch.Tensor,  # (B, T)
+    ) -> torch.Tensor:  # (B, T, hidden)
         "The weighted mean word of its prompt for each token from `<answer>` on; the first view named in its query for each token from there on."
         config = self.config
-        mine = segment[:, None] == torch.arange(int(segment.max()) + 1, device=segment.device)[:, None]              # (B, Q, T)
-        def first(hit): return torch.where(mine & hit[:, None], place[:, None], place.max() + 1).amin(-1, keepdim=True)  # (B, Q, 1)
+        mine = segment[:, None] == torch.arange(int(segment.max()) + 1, device=segment.device)[:, None]  # (B, Q, T)
+
+        def first(hit):
+            return torch.where(mine & hit[:, None], place[:, None], place.max() + 1).amin(-1, keepdim=True)  # (B, Q, 1)
+
         number = input_ids - config.first_bin
         is_view = (number >= 0) & (number < config.views)
         opened, named = first(input_ids == config.answer_token_id), first(is_view)
         prompt = mine & (place[:, None] < opened)
         rank = (place[:, None] - first(prompt.any(1))).clamp(0, len(self.order) - 1)
         weights = (embedded @ self.importance)[:, None] + self.order[rank]
-        asked = self.query(weights.masked_fill(~prompt, torch.finfo(weights.dtype).min).softmax(-1).masked_fill(~prompt, 0) @ embedded)
-        chosen = self.view(torch.where(mine & is_view[:, None] & (place[:, None] == named), number[:, None], 0).amax(-1))
+        asked = self.query(
+            weights.masked_fill(~prompt, torch.finfo(weights.dtype).min).softmax(-1).masked_fill(~prompt, 0) @ embedded
+        )
+        chosen = self.view(
+            torch.where(mine & is_view[:, None] & (place[:, None] == named), number[:, None], 0).amax(-1)
+        )
         answer, after = mine & (place[:, None] >= opened), mine & (place[:, None] >= named)
         return answer.to(embedded).mT @ asked + after.to(embedded).mT @ chosen
 
@@ -79,17 +100,28 @@ class Additions(nn.Module):
 @dataclass
 class FusedOutput(ModelOutput):
     "What a pass returns."
-    logits: torch.Tensor | None = None               # (B, T', vocabulary), or (K, vocabulary) with `logits_to_keep`
-    last_hidden_state: torch.Tensor | None = None    # (B, T', hidden)
+
+    logits: torch.Tensor | None = None  # (B, T', vocabulary), or (K, vocabulary) with `logits_to_keep`
+    last_hidden_state: torch.Tensor | None = None  # (B, T', hidden)
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
-INPUTS = "input_ids", "position_ids", "attention_mask", "segment", "visual_index", "f2d", "geometry"    # of a batch, for `FusedVLM.forward`
+
+INPUTS = (
+    "input_ids",
+    "position_ids",
+    "attention_mask",
+    "segment",
+    "visual_index",
+    "f2d",
+    "geometry",
+)  # of a batch, for `FusedVLM.forward`
 
 # %% ../../nbs/model/04_fused.ipynb #c8d825db
 class FusedVLM(PreTrainedModel):
     "A Qwen2.5-VL that sees Phi(F2D, F3D) in place of its image tokens."
+
     config_class = FusedConfig
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
@@ -97,8 +129,10 @@ class FusedVLM(PreTrainedModel):
     def __init__(self, config: FusedConfig, vlm: Qwen2_5_VLForConditionalGeneration | None = None):
         super().__init__(config)
         self.vlm = vlm or Qwen2_5_VLForConditionalGeneration(config.vlm_config)
-        self.vlm.set_attn_implementation(self.config._attn_implementation)    # the class above forgets it
-        self.fusion = Fusion(config.text_config.hidden_size, config.encoder3d_dim, config.coordinates, config.fusion, config.zero)
+        self.vlm.set_attn_implementation(self.config._attn_implementation)  # the class above forgets it
+        self.fusion = Fusion(
+            config.text_config.hidden_size, config.encoder3d_dim, config.coordinates, config.fusion, config.zero
+        )
         self.additions = Additions(config) if config.embedding_additions else None
         self.post_init()
         self.freeze()
@@ -106,12 +140,14 @@ class FusedVLM(PreTrainedModel):
     def freeze(self):
         "No gradient into the vision tower and the choice of patches."
         self.vlm.model.visual.requires_grad_(False)
-        if self.additions is not None: self.additions.object.requires_grad_(False)
+        if self.additions is not None:
+            self.additions.object.requires_grad_(False)
 
     @classmethod
-    def from_vlm(cls,
+    def from_vlm(
+        cls,
         vlm: Qwen2_5_VLForConditionalGeneration,  # pretrained
-        **settings,                               # of `FusedConfig`
+        **settings,  # of `FusedConfig`
     ) -> "FusedVLM":
         "A fused model around a pretrained VLM; Phi is new."
         return cls(FusedConfig(vlm_config=vlm.config, **settings), vlm)
@@ -124,66 +160,93 @@ class FusedVLM(PreTrainedModel):
         return loaded
 
     @torch.no_grad()
-    def encode_images(self,
+    def encode_images(
+        self,
         images: np.ndarray,  # (V, H, W, 3) uint8
-    ) -> torch.Tensor:       # (V * rows * columns, hidden)
+    ) -> torch.Tensor:  # (V * rows * columns, hidden)
         "F2D: what the frozen vision tower makes of the views of a scene."
         patches, grid = image_patches(images, self.config.vlm_config)
         return self.vlm.model.visual(patches.to(self.device, self.dtype), grid_thw=grid.to(self.device)).pooler_output
 
-    def choose_patches(self,
-        f2d: torch.Tensor,   # (P, hidden) of a scene
-        count: int,          # patches wanted
-    ) -> torch.Tensor:       # (min(count, P),) increasing
+    def choose_patches(
+        self,
+        f2d: torch.Tensor,  # (P, hidden) of a scene
+        count: int,  # patches wanted
+    ) -> torch.Tensor:  # (min(count, P),) increasing
         "The patches that look most like objects; all of them if the model has no `Additions`."
-        if self.additions is None or count >= len(f2d): return torch.arange(len(f2d))
+        if self.additions is None or count >= len(f2d):
+            return torch.arange(len(f2d))
         return self.additions.object(f2d)[:, 0].topk(count).indices.sort().values
 
-    def visual_tokens(self,
-        f2d: torch.Tensor,                     # (B, N, hidden)
-        geometry: torch.Tensor,                # (B, N, encoder3d_dim)
-        visual_index: torch.Tensor,            # (B, N), -1 = padding
-        shortcut: bool | torch.Tensor = False, # for all scenes, or (B,)
-    ) -> torch.Tensor:                         # (B, N, hidden)
+    def visual_tokens(
+        self,
+        f2d: torch.Tensor,  # (B, N, hidden)
+        geometry: torch.Tensor,  # (B, N, encoder3d_dim)
+        visual_index: torch.Tensor,  # (B, N), -1 = padding
+        shortcut: bool | torch.Tensor = False,  # for all scenes, or (B,)
+    ) -> torch.Tensor:  # (B, N, hidden)
         "Phi(F2D, F3D), or Phi(F2D, 0)."
         rows, columns = self.config.grid
-        place = torch.stack([visual_index // (rows * columns), visual_index // columns % rows, visual_index % columns], -1)
+        place = torch.stack(
+            [visual_index // (rows * columns), visual_index // columns % rows, visual_index % columns], -1
+        )
         shortcut = torch.as_tensor(shortcut, device=f2d.device).expand(len(f2d))
         return self.fusion(f2d.to(self.dtype), geometry, place, visual_index >= 0, shortcut)
 
     def embed(self, input_ids, position_ids, segment, visual_index, f2d, geometry, shortcut) -> torch.Tensor:
         "(B, T, hidden): words, with the visual tokens in the places of `<image>`."
         embedded = self.vlm.model.language_model.embed_tokens(input_ids)
-        if self.additions is not None: embedded = embedded + self.additions.text(embedded, input_ids, position_ids[0], segment)
-        if visual_index is None: return embedded
+        if self.additions is not None:
+            embedded = embedded + self.additions.text(embedded, input_ids, position_ids[0], segment)
+        if visual_index is None:
+            return embedded
         tokens, valid = self.visual_tokens(f2d, geometry, visual_index, shortcut), visual_index >= 0
-        if self.additions is not None: tokens = tokens + self.additions.visual(visual_index.clamp(min=0))
+        if self.additions is not None:
+            tokens = tokens + self.additions.visual(visual_index.clamp(min=0))
         return embedded.masked_scatter((input_ids == self.config.vlm_config.image_token_id)[..., None], tokens[valid])
 
-    def forward(self,
-        input_ids: torch.Tensor,       # (B, T) and the rest of the batch: see `w2r2.model.packing`
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # (B, T) and the rest of the batch: see `w2r2.model.packing`
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         segment: torch.Tensor,
         visual_index: torch.Tensor,
         f2d: torch.Tensor,
         geometry: torch.Tensor,
-        shortcut: bool | torch.Tensor = False,        # Phi(F2D, 0) for all scenes, or those marked in (B,)
-        blind: str | None = None,                     # "2d": F2D is 0; "3d": the same as `shortcut=True`
-        logits_to_keep: torch.Tensor | None = None,   # (B, T') bool: only there; all if not given
-        past_key_values: Cache | None = None,         # of the first tokens, which must include the prefix; they are not computed again
+        shortcut: bool | torch.Tensor = False,  # Phi(F2D, 0) for all scenes, or those marked in (B,)
+        blind: str | None = None,  # "2d": F2D is 0; "3d": the same as `shortcut=True`
+        logits_to_keep: torch.Tensor | None = None,  # (B, T') bool: only there; all if not given
+        past_key_values: Cache
+        | None = None,  # of the first tokens, which must include the prefix; they are not computed again
         use_cache: bool = False,
-        **kwargs,                                     # `output_hidden_states`, `output_attentions`
+        **kwargs,  # `output_hidden_states`, `output_attentions`
     ) -> FusedOutput:
         "One pass; T' is T less the tokens in the cache."
-        if blind not in (None, "2d", "3d"): raise ValueError(f"blind is None, '2d' or '3d', not {blind!r}")
-        if blind == "2d": f2d = torch.zeros_like(f2d)
+        if blind not in (None, "2d", "3d"):
+            raise ValueError(f"blind is None, '2d' or '3d', not {blind!r}")
+        if blind == "2d":
+            f2d = torch.zeros_like(f2d)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        embedded = self.embed(input_ids, position_ids, segment, None if past else visual_index, f2d, geometry, True if blind == "3d" else shortcut)[:, past:]
-        mask = torch.zeros_like(attention_mask[:, :, -embedded.shape[1]:], dtype=embedded.dtype)
-        mask = mask.masked_fill(~attention_mask[:, :, -embedded.shape[1]:], torch.finfo(embedded.dtype).min)
-        output = self.vlm.model.language_model(inputs_embeds=embedded, position_ids=position_ids[:, :, past:], attention_mask=mask,
-                                               past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+        embedded = self.embed(
+            input_ids,
+            position_ids,
+            segment,
+            None if past else visual_index,
+            f2d,
+            geometry,
+            True if blind == "3d" else shortcut,
+        )[:, past:]
+        mask = torch.zeros_like(attention_mask[:, :, -embedded.shape[1] :], dtype=embedded.dtype)
+        mask = mask.masked_fill(~attention_mask[:, :, -embedded.shape[1] :], torch.finfo(embedded.dtype).min)
+        output = self.vlm.model.language_model(
+            inputs_embeds=embedded,
+            position_ids=position_ids[:, :, past:],
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
         hidden = output.last_hidden_state
         logits = self.vlm.lm_head(hidden if logits_to_keep is None else hidden[logits_to_keep])
         return FusedOutput(logits, hidden, output.past_key_values, output.hidden_states, output.attentions)

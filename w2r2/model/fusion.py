@@ -13,8 +13,9 @@ from torch import nn
 class Sinusoids(nn.Module):
     "Sine and cosine of every number at wavelengths that double from `shortest`; no parameters."
 
-    def __init__(self,
-        numbers: int,            # how many numbers are lifted; further ones pass unchanged
+    def __init__(
+        self,
+        numbers: int,  # how many numbers are lifted; further ones pass unchanged
         shortest: float = 0.25,  # wavelength, in the unit of the numbers
         octaves: int = 7,
     ):
@@ -27,25 +28,36 @@ class Sinusoids(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         "(..., given) to (..., width(given))."
-        angles = values[..., :self.numbers, None] * (2 * torch.pi / self.shortest * 0.5 ** torch.arange(self.octaves, device=values.device, dtype=values.dtype))
-        return torch.cat([angles.sin().flatten(-2), angles.cos().flatten(-2), values[..., self.numbers:]], -1)
+        angles = values[..., : self.numbers, None] * (
+            2 * torch.pi / self.shortest * 0.5 ** torch.arange(self.octaves, device=values.device, dtype=values.dtype)
+        )
+        return torch.cat([angles.sin().flatten(-2), angles.cos().flatten(-2), values[..., self.numbers :]], -1)
 
 # %% ../../nbs/model/01_fusion.ipynb #30b7315c
 class Add(nn.Module):
     "The sum."
-    def __init__(self, hidden: int): super().__init__()
-    def forward(self, f2d, f3d, place, valid): return f2d + f3d
+
+    def __init__(self, hidden: int):
+        super().__init__()
+
+    def forward(self, f2d, f3d, place, valid):
+        return f2d + f3d
+
 
 class Concat(nn.Module):
     "F2D and a linear function of both, side by side."
+
     def __init__(self, hidden: int):
         super().__init__()
         self.mix = nn.Linear(2 * hidden, hidden, bias=False)
 
-    def forward(self, f2d, f3d, place, valid): return f2d + self.mix(torch.cat([f2d, f3d], -1))
+    def forward(self, f2d, f3d, place, valid):
+        return f2d + self.mix(torch.cat([f2d, f3d], -1))
+
 
 class CrossAttention(nn.Module):
     "F2D and what it finds among the 3D tokens of all patches of the scene."
+
     def __init__(self, hidden: int, heads: int = 4):
         super().__init__()
         self.norm = nn.LayerNorm(hidden)
@@ -55,7 +67,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, f2d, f3d, place, valid):
         code = self.place(self.code(place.to(f2d)))
-        return f2d + self.attention(self.norm(f2d) + code, f3d + code, f3d, key_padding_mask=~valid, need_weights=False)[0]
+        return (
+            f2d + self.attention(self.norm(f2d) + code, f3d + code, f3d, key_padding_mask=~valid, need_weights=False)[0]
+        )
+
 
 METHODS = {"add": Add, "concat": Concat, "cross-attention": CrossAttention}
 
@@ -63,37 +78,43 @@ METHODS = {"add": Add, "concat": Concat, "cross-attention": CrossAttention}
 class Fusion(nn.Module):
     "Phi of equations 1 and 3: projects F3D to the width of F2D and fuses; raises ValueError for a name that it does not know."
 
-    def __init__(self,
-        hidden: int,               # width of F2D, of the result and of the language model
-        dim: int = 16,             # width of F3D
-        points: int = 15,          # how many of its numbers are coordinates [m]
-        method: str = "add",       # "add", "concat", "cross-attention"
-        zero: str = "projected",   # what 0 means in Phi(F2D, 0): "projected" tokens, or the "input" of the projector
-        width: int = 128,          # of the hidden layer of the projector
+    def __init__(
+        self,
+        hidden: int,  # width of F2D, of the result and of the language model
+        dim: int = 16,  # width of F3D
+        points: int = 15,  # how many of its numbers are coordinates [m]
+        method: str = "add",  # "add", "concat", "cross-attention"
+        zero: str = "projected",  # what 0 means in Phi(F2D, 0): "projected" tokens, or the "input" of the projector
+        width: int = 128,  # of the hidden layer of the projector
     ):
         super().__init__()
-        if method not in METHODS: raise ValueError(f"no fusion {method!r}; use one of {list(METHODS)}")
-        if zero not in ("projected", "input"): raise ValueError(f"zero means 'projected' or 'input', not {zero!r}")
+        if method not in METHODS:
+            raise ValueError(f"no fusion {method!r}; use one of {list(METHODS)}")
+        if zero not in ("projected", "input"):
+            raise ValueError(f"zero means 'projected' or 'input', not {zero!r}")
         self.lift, self.zero = Sinusoids(points), zero
         self.projector = nn.Sequential(nn.Linear(self.lift.width(dim), width), nn.GELU(), nn.Linear(width, hidden))
         self.fuse = METHODS[method](hidden)
 
-    def project(self,
+    def project(
+        self,
         geometry: torch.Tensor,  # (B, N, dim)
         shortcut: torch.Tensor,  # (B,) bool, scenes without 3D
-    ) -> torch.Tensor:           # (B, N, hidden)
+    ) -> torch.Tensor:  # (B, N, hidden)
         "The 3D tokens, or what stands for them in the shortcut pass."
         without = shortcut[:, None, None]
         lifted = self.lift(geometry)
-        if self.zero == "input": return self.projector(lifted.masked_fill(without, 0))
+        if self.zero == "input":
+            return self.projector(lifted.masked_fill(without, 0))
         return self.projector(lifted).masked_fill(without, 0)
 
-    def forward(self,
-        f2d: torch.Tensor,       # (B, N, hidden)
+    def forward(
+        self,
+        f2d: torch.Tensor,  # (B, N, hidden)
         geometry: torch.Tensor,  # (B, N, dim)
-        place: torch.Tensor,     # (B, N, 3) view, row and column of each patch
-        valid: torch.Tensor,     # (B, N) bool, False = padding
+        place: torch.Tensor,  # (B, N, 3) view, row and column of each patch
+        valid: torch.Tensor,  # (B, N) bool, False = padding
         shortcut: torch.Tensor,  # (B,) bool
-    ) -> torch.Tensor:           # (B, N, hidden)
+    ) -> torch.Tensor:  # (B, N, hidden)
         "Phi(F2D, F3D), and Phi(F2D, 0) in the scenes marked by `shortcut`."
         return self.fuse(f2d, self.project(geometry, shortcut), place, valid)

@@ -8,37 +8,43 @@ __all__ = ['PREFIX', 'PADDING', 'block_mask', 'positions', 'Packer', 'extend']
 # %% ../../nbs/model/03_packing.ipynb #6ac0b1fb
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 import torch
 from transformers import PreTrainedTokenizerBase
+
 from ..tasks.answers import Bins
 
 # %% ../../nbs/model/03_packing.ipynb #e68b29a7
 PREFIX, PADDING = -1, -2
 
+
 def block_mask(
-    segment: torch.Tensor,       # (B, T) query of each token, PREFIX or PADDING
-    start: int = 0,              # first row wanted: the number of tokens in a cache
-    bidirectional: bool = False, # tokens of the prefix see all of it
-) -> torch.Tensor:               # (B, 1, T - start, T) bool, True = may look
+    segment: torch.Tensor,  # (B, T) query of each token, PREFIX or PADDING
+    start: int = 0,  # first row wanted: the number of tokens in a cache
+    bidirectional: bool = False,  # tokens of the prefix see all of it
+) -> torch.Tensor:  # (B, 1, T - start, T) bool, True = may look
     "Who sees whom. Padding sees itself, so that no row of a softmax is empty."
     rows, columns = segment[:, start:, None], segment[:, None]
     order = torch.arange(segment.shape[1], device=segment.device)
     earlier = order[start:, None] >= order
     prefix = columns == PREFIX
     see = ((rows == columns) | prefix) & (rows != PADDING) & earlier
-    if bidirectional: see |= prefix & (rows == PREFIX)
+    if bidirectional:
+        see |= prefix & (rows == PREFIX)
     return (see | (order[start:, None] == order))[:, None]
 
 # %% ../../nbs/model/03_packing.ipynb #e2ce3345
 def positions(
     visual_index: torch.Tensor,  # (N,) number of each visual token among the patches of its scene
-    grid: tuple[int, int],       # rows and columns of a view
-    before: int = 0,             # text tokens before the visual ones
-    after: int = 0,              # text tokens between them and the queries
-) -> torch.Tensor:               # (3, before + N + after)
+    grid: tuple[int, int],  # rows and columns of a view
+    before: int = 0,  # text tokens before the visual ones
+    after: int = 0,  # text tokens between them and the queries
+) -> torch.Tensor:  # (3, before + N + after)
     "Rotary positions of a prefix, as Qwen2.5-VL counts those of a video with one frame per view."
     rows, columns = grid
-    visual = before + torch.stack([visual_index // (rows * columns), visual_index // columns % rows, visual_index % columns])
+    visual = before + torch.stack(
+        [visual_index // (rows * columns), visual_index // columns % rows, visual_index % columns]
+    )
     end = int(visual.max()) + 1 if len(visual_index) else before
     return torch.cat([torch.arange(before).expand(3, -1), visual, end + torch.arange(after).expand(3, -1)], 1)
 
@@ -46,40 +52,63 @@ def positions(
 @dataclass
 class Packer:
     "Collates scenes to a batch."
-    pad: int                           # token ids
+
+    pad: int  # token ids
     image: int
-    opening: Sequence[int]             # what opens an answer
-    closing: Sequence[int]             # what ends it
-    first_bin: int                     # id of the first token of `bins`; these ids are consecutive
+    opening: Sequence[int]  # what opens an answer
+    closing: Sequence[int]  # what ends it
+    first_bin: int  # id of the first token of `bins`; these ids are consecutive
     bins: Bins = Bins()
-    grid: tuple[int, int] = (6, 8)     # rows and columns of patches in a view
-    before: Sequence[int] = ()         # text before and after the visual tokens, if the model wants it
+    grid: tuple[int, int] = (6, 8)  # rows and columns of patches in a view
+    before: Sequence[int] = ()  # text before and after the visual tokens, if the model wants it
     after: Sequence[int] = ()
-    bidirectional: bool = False        # see `block_mask`
+    bidirectional: bool = False  # see `block_mask`
 
     @classmethod
-    def of(cls,
+    def of(
+        cls,
         tokenizer: PreTrainedTokenizerBase,  # from `w2r2.model.backbone.build_tokenizer`
         bins: Bins = Bins(),
-        **options,                           # `grid`, `before`, `after`, `bidirectional`
+        **options,  # `grid`, `before`, `after`, `bidirectional`
     ) -> "Packer":
         "The packer for a tokenizer."
-        def ids(*tokens): return tokenizer.convert_tokens_to_ids(list(tokens))
-        return cls(tokenizer.pad_token_id, *ids("<image>"), ids("<answer>"), ids("<end>"), *ids(bins.vocabulary[0]), bins, **options)
 
-    def __call__(self,
-        scenes: list[dict],  # f2d (P, d), geometry (P, g), poses (V, 4, 4), visual_index (N,), queries: list of (prompt ids, answer ids or None)
+        def ids(*tokens):
+            return tokenizer.convert_tokens_to_ids(list(tokens))
+
+        return cls(
+            tokenizer.pad_token_id,
+            *ids("<image>"),
+            ids("<answer>"),
+            ids("<end>"),
+            *ids(bins.vocabulary[0]),
+            bins,
+            **options,
+        )
+
+    def __call__(
+        self,
+        scenes: list[
+            dict
+        ],  # f2d (P, d), geometry (P, g), poses (V, 4, 4), visual_index (N,), queries: list of (prompt ids, answer ids or None)
     ) -> dict[str, torch.Tensor]:
         "The batch: `input_ids`, `segment`, `labels`, `answer_slot` (B, T); `position_ids` (3, B, T); `attention_mask` (B, 1, T, T) bool; `visual_index` (B, N), -1 where padded; `f2d`, `geometry` (B, N, ...); `poses`."
         rows = [self._sequence(scene) for scene in scenes]
-        def stack(values, fill): return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
+
+        def stack(values, fill):
+            return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
+
         ids, segment, labels, place = zip(*rows)
-        batch = {"input_ids": stack(ids, self.pad), "segment": stack(segment, PADDING), "labels": stack(labels, -100),
-                 "position_ids": stack([value.T for value in place], 0).permute(2, 0, 1).contiguous(),
-                 "visual_index": stack([scene["visual_index"] for scene in scenes], -1),
-                 "f2d": stack([scene["f2d"][scene["visual_index"]] for scene in scenes], 0.0),
-                 "geometry": stack([scene["geometry"][scene["visual_index"]] for scene in scenes], 0.0),
-                 "poses": torch.stack([scene["poses"] for scene in scenes])}
+        batch = {
+            "input_ids": stack(ids, self.pad),
+            "segment": stack(segment, PADDING),
+            "labels": stack(labels, -100),
+            "position_ids": stack([value.T for value in place], 0).permute(2, 0, 1).contiguous(),
+            "visual_index": stack([scene["visual_index"] for scene in scenes], -1),
+            "f2d": stack([scene["f2d"][scene["visual_index"]] for scene in scenes], 0.0),
+            "geometry": stack([scene["geometry"][scene["visual_index"]] for scene in scenes], 0.0),
+            "poses": torch.stack([scene["poses"] for scene in scenes]),
+        }
         batch["answer_slot"] = self.slots(batch["labels"])
         batch["attention_mask"] = block_mask(batch["segment"], bidirectional=self.bidirectional)
         return batch
@@ -110,14 +139,19 @@ class Packer:
 # %% ../../nbs/model/03_packing.ipynb #c2ae944c
 def extend(
     batch: dict[str, torch.Tensor],  # from `Packer`
-    tokens: torch.Tensor,            # (B, Q) next token of each query; -1 for a query that has ended or does not exist
-    pad: int,                        # id of the padding token
+    tokens: torch.Tensor,  # (B, Q) next token of each query; -1 for a query that has ended or does not exist
+    pad: int,  # id of the padding token
 ) -> dict[str, torch.Tensor]:
     "The batch with one more token per query; `attention_mask` holds the Q new rows. Labels are dropped."
     queries = torch.arange(tokens.shape[1], device=tokens.device)
-    last = torch.where(batch["segment"][:, None] == queries[:, None], batch["position_ids"][0][:, None], 0).amax(-1)          # (B, Q)
+    last = torch.where(batch["segment"][:, None] == queries[:, None], batch["position_ids"][0][:, None], 0).amax(
+        -1
+    )  # (B, Q)
     segment = torch.cat([batch["segment"], torch.where(tokens >= 0, queries, PADDING)], 1)
-    return {**{name: value for name, value in batch.items() if name not in ("labels", "answer_slot")}, "segment": segment,
-            "input_ids": torch.cat([batch["input_ids"], torch.where(tokens >= 0, tokens, pad)], 1),
-            "position_ids": torch.cat([batch["position_ids"], (last + 1).expand(3, -1, -1)], 2),
-            "attention_mask": block_mask(segment, batch["segment"].shape[1])}
+    return {
+        **{name: value for name, value in batch.items() if name not in ("labels", "answer_slot")},
+        "segment": segment,
+        "input_ids": torch.cat([batch["input_ids"], torch.where(tokens >= 0, tokens, pad)], 1),
+        "position_ids": torch.cat([batch["position_ids"], (last + 1).expand(3, -1, -1)], 2),
+        "attention_mask": block_mask(segment, batch["segment"].shape[1]),
+    }

@@ -7,8 +7,11 @@ __all__ = ['scene_of', 'Scenes', 'Collator', 'ask_all']
 
 # %% ../../nbs/model/07_scenes.ipynb #ba5f331c
 from collections.abc import Callable, Sequence
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch.utils.data import Dataset
+
 from .features import TASKS, Features, Queries
 from .packing import Packer
 
@@ -16,48 +19,78 @@ from .packing import Packer
 def scene_of(
     features: Features,
     queries: Queries,
-    scene: int,                  # row in `features`
-    chosen: Sequence[int],       # queries to ask
+    scene: int,  # row in `features`
+    chosen: Sequence[int],  # queries to ask
     answers: Sequence[int | None] | None = None,  # per query, which of its answers to teach; None: do not teach
-) -> dict:                       # f2d (P, d), geometry (P, g), poses (V, 4, 4), visual_index (N,), queries: list of dict, index
+) -> dict:  # f2d (P, d), geometry (P, g), poses (V, 4, 4), visual_index (N,), queries: list of dict, index
     "One scene as the model takes it: `queries` hold task, prompt, answer, view, box and number. Prompts and answers that are boxes stay empty until `Collator`."
     asked, index = [], features.visual_index[scene].astype(np.int64)
     for place, number in enumerate(chosen):
-        taught = None if answers is None or answers[place] is None else [] if queries.task[number] == 0 else queries.answered(number)[answers[place]]
-        asked.append({"task": int(queries.task[number]), "prompt": queries.prompts[number], "answer": taught, "view": int(queries.view[number]),
-                      "box": torch.from_numpy(queries.boxes[number]), "number": int(number)})
-    return {"f2d": torch.from_numpy(features.f2d[scene].astype(np.float32)), "geometry": torch.from_numpy(features.geometry[scene].copy()),
-            "poses": torch.from_numpy(features.poses[scene].copy()), "visual_index": torch.from_numpy(index[index >= 0]),
-            "queries": asked, "index": scene}
+        taught = (
+            None
+            if answers is None or answers[place] is None
+            else []
+            if queries.task[number] == 0
+            else queries.answered(number)[answers[place]]
+        )
+        asked.append(
+            {
+                "task": int(queries.task[number]),
+                "prompt": queries.prompts[number],
+                "answer": taught,
+                "view": int(queries.view[number]),
+                "box": torch.from_numpy(queries.boxes[number]),
+                "number": int(number),
+            }
+        )
+    return {
+        "f2d": torch.from_numpy(features.f2d[scene].astype(np.float32)),
+        "geometry": torch.from_numpy(features.geometry[scene].copy()),
+        "poses": torch.from_numpy(features.poses[scene].copy()),
+        "visual_index": torch.from_numpy(index[index >= 0]),
+        "queries": asked,
+        "index": scene,
+    }
 
 # %% ../../nbs/model/07_scenes.ipynb #bfc6fa32
 class Scenes(Dataset):
     "The scenes of a split, each with some of its queries. Queries about objects that no view shows are left out."
 
-    def __init__(self,
+    def __init__(
+        self,
         features: Features,
         queries: Queries,
-        per_task: Sequence[int] = (8, 2, 2),   # queries of each task per scene, or all there are
+        per_task: Sequence[int] = (8, 2, 2),  # queries of each task per scene, or all there are
         seed: int = 0,
         intervention: Callable[[dict, np.random.Generator], dict] | None = None,  # see `w2r2.method.interventions`
     ):
-        self.features, self.queries, self.per_task, self.seed, self.intervention, self.epoch = features, queries, per_task, seed, intervention, 0
+        self.features, self.queries, self.per_task, self.seed, self.intervention, self.epoch = (
+            features,
+            queries,
+            per_task,
+            seed,
+            intervention,
+            0,
+        )
         useful = (queries.view >= 0) | (queries.task == 2) & (np.diff(queries.first) > 0)
         order = np.lexsort([queries.task, queries.scene])
         order = order[useful[order]]
-        ends = np.searchsorted(queries.scene[order] * len(TASKS) + queries.task[order], np.arange(len(features.scenes) * len(TASKS) + 1))
+        ends = np.searchsorted(
+            queries.scene[order] * len(TASKS) + queries.task[order], np.arange(len(features.scenes) * len(TASKS) + 1)
+        )
         self._rows = [order[start:end] for start, end in zip(ends, ends[1:])]
 
     def set_epoch(self, epoch: int):
         "Called by the trainer's data loader: each epoch draws other queries."
         self.epoch = epoch
 
-    def __len__(self): return len(self.features.scenes)
+    def __len__(self):
+        return len(self.features.scenes)
 
     def __getitem__(self, scene: int) -> dict:
         "Scene `scene` of this epoch, as from `scene_of`."
         rng = np.random.default_rng([self.seed, self.epoch, scene])
-        several = self._rows[scene * len(TASKS):(scene + 1) * len(TASKS)]
+        several = self._rows[scene * len(TASKS) : (scene + 1) * len(TASKS)]
         chosen = np.concatenate([rng.permutation(rows)[:count] for rows, count in zip(several, self.per_task)])
         known = np.diff(self.queries.first)[chosen]
         drawn = scene_of(self.features, self.queries, scene, chosen, rng.integers(0, np.maximum(known, 1)).tolist())
@@ -67,30 +100,50 @@ class Scenes(Dataset):
 class Collator:
     "Scenes to a batch: what `Packer` returns and `tasks`, `views`, `numbers` (B, Q), -1 where padded, `boxes` (B, Q, 6), NaN where there is none, and `scene` (B,); `shortcut` (B,) if an intervention hid the geometry of some."
 
-    def __init__(self, packer: Packer): self.packer = packer
+    def __init__(self, packer: Packer):
+        self.packer = packer
 
     def __call__(self, scenes: list[dict]) -> dict[str, torch.Tensor]:
         "Raises ValueError if the answer format has too few views."
         batch = self.packer([scene | {"queries": self._tokens(scene)} for scene in scenes])
+
         def stack(field, fill, dtype=torch.long):
-            rows = [torch.stack([torch.as_tensor(query[field], dtype=dtype) for query in scene["queries"]]) for scene in scenes]
+            rows = [
+                torch.stack([torch.as_tensor(query[field], dtype=dtype) for query in scene["queries"]])
+                for scene in scenes
+            ]
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
-        batch |= {"tasks": stack("task", -1), "views": stack("view", -1), "numbers": stack("number", -1), "boxes": stack("box", torch.nan, torch.float32)}
+
+        batch |= {
+            "tasks": stack("task", -1),
+            "views": stack("view", -1),
+            "numbers": stack("number", -1),
+            "boxes": stack("box", torch.nan, torch.float32),
+        }
         batch["scene"] = torch.tensor([scene["index"] for scene in scenes])
-        if any(scene.get("drop3d") for scene in scenes): batch["shortcut"] = torch.tensor([bool(scene.get("drop3d")) for scene in scenes])
+        if any(scene.get("drop3d") for scene in scenes):
+            batch["shortcut"] = torch.tensor([bool(scene.get("drop3d")) for scene in scenes])
         return batch
 
     def _tokens(self, scene: dict) -> list[tuple[list[int], list[int] | None]]:
         "Prompt and answer of every query of a scene."
         said = [place for place, query in enumerate(scene["queries"]) if query["task"] < 2]
         views = torch.tensor([max(scene["queries"][place]["view"], 0) for place in said], dtype=torch.long)
-        boxes = torch.stack([scene["queries"][place]["box"] for place in said]) if said else torch.zeros(0, 6, dtype=torch.float64)
-        ids = dict(zip(said, (self.packer.bins.encode(views, boxes, scene["poses"])[0] + self.packer.first_bin).tolist()))
+        boxes = (
+            torch.stack([scene["queries"][place]["box"] for place in said])
+            if said
+            else torch.zeros(0, 6, dtype=torch.float64)
+        )
+        ids = dict(
+            zip(said, (self.packer.bins.encode(views, boxes, scene["poses"])[0] + self.packer.first_bin).tolist())
+        )
         pairs = []
         for place, query in enumerate(scene["queries"]):
             prompt, answer = query["prompt"], query["answer"]
-            if query["task"] == 0 and answer is not None: answer = ids[place]
-            if query["task"] == 1: prompt = ids[place]
+            if query["task"] == 0 and answer is not None:
+                answer = ids[place]
+            if query["task"] == 1:
+                prompt = ids[place]
             pairs.append((prompt, answer))
         return pairs
 
@@ -98,14 +151,18 @@ class Collator:
 def ask_all(
     features: Features,
     queries: Queries,
-    rows: Sequence[int],   # queries to ask
-    at_most: int = 16,     # queries per sequence
-) -> list[dict]:           # scenes as from `scene_of`, without answers; shortest first, so that a batch pads little
+    rows: Sequence[int],  # queries to ask
+    at_most: int = 16,  # queries per sequence
+) -> list[dict]:  # scenes as from `scene_of`, without answers; shortest first, so that a batch pads little
     "The scenes and queries to ask, grouped."
     rows = np.asarray(rows)
     lengths = np.diff(queries.prompts.ends)[rows]
     rows = rows[np.lexsort([lengths, queries.scene[rows]])]
     starts = np.flatnonzero(np.diff(queries.scene[rows], prepend=-1))
-    groups = [rows[start:end][k:k + at_most] for start, end in zip(starts, [*starts[1:], len(rows)]) for k in range(0, end - start, at_most)]
+    groups = [
+        rows[start:end][k : k + at_most]
+        for start, end in zip(starts, [*starts[1:], len(rows)])
+        for k in range(0, end - start, at_most)
+    ]
     groups.sort(key=lambda group: int(np.diff(queries.prompts.ends)[group].sum()))
     return [scene_of(features, queries, int(queries.scene[group[0]]), group) for group in groups]

@@ -19,13 +19,14 @@ import torch
 import yaml
 
 import w2r2
+from ..metrics.statistics import Difference, wilson
+from .results import contrast, in_points, select
 from ..scans.files import ScanNetError, regular_file
 from ..scans.geometry import box_iou
-from .results import contrast, in_points, select
-from ..metrics.statistics import Difference, wilson
 
 # %% ../../nbs/report/03_claims.ipynb #55d6494b
 PAPER = Path(w2r2.__file__).parents[1] / "data" / "paper.yaml"
+
 
 def read_paper(
     path: str | Path = PAPER,
@@ -34,8 +35,17 @@ def read_paper(
     content = yaml.safe_load(regular_file(path).read_text(encoding="utf-8"))
     for claim in content["claims"]:
         ways = [way for way in ("check", "compare", "peak", "status") if way in claim]
-        if len(ways) != 1 or claim.get("check", "overall") not in CHECKS or claim.get("status", NOT_TESTABLE) not in STATUSES:
-            raise ScanNetError(path, f"claim {claim.get('id')!r}", "needs exactly one of check, compare, peak, status, with a known name", f"Checks are {', '.join(CHECKS)}")
+        if (
+            len(ways) != 1
+            or claim.get("check", "overall") not in CHECKS
+            or claim.get("status", NOT_TESTABLE) not in STATUSES
+        ):
+            raise ScanNetError(
+                path,
+                f"claim {claim.get('id')!r}",
+                "needs exactly one of check, compare, peak, status, with a known name",
+                f"Checks are {', '.join(CHECKS)}",
+            )
     return content
 
 # %% ../../nbs/report/03_claims.ipynb #99e86209
@@ -44,12 +54,16 @@ CONTRADICTED, CONSISTENT = "contradicted by its own source", "consistent in prin
 NOT_TESTABLE, PENDING = "not testable here", "not yet measured here"
 STATUSES = (REPRODUCED, NOT_REPRODUCED, CONTRADICTED, CONSISTENT, NOT_TESTABLE, PENDING)
 
+
 class Finding(NamedTuple):
     "What became of a claim, and why."
+
     status: str
     evidence: str
 
-CHECKS: dict[str, Callable] = {}    # name in paper.yaml -> function of the paper's data
+
+CHECKS: dict[str, Callable] = {}  # name in paper.yaml -> function of the paper's data
+
 
 def check(function: Callable) -> Callable:
     "Register a recomputation under its own name."
@@ -59,126 +73,190 @@ def check(function: Callable) -> Callable:
 # %% ../../nbs/report/03_claims.ipynb #7a290673
 @check
 def overall(
-    paper: dict,   # from `read_paper`
-    system: str,   # row of Table 2
+    paper: dict,  # from `read_paper`
+    system: str,  # row of Table 2
 ) -> Finding:
     "Is the printed Overall the mean of the row's five cells?"
     *cells, printed = paper["table2"][system]
     mean = np.mean(cells)
-    return Finding(CONSISTENT if abs(mean - printed) <= .05 + 1e-9 else CONTRADICTED, f"mean of the five cells {mean:.2f}, printed {printed}")
+    return Finding(
+        CONSISTENT if abs(mean - printed) <= 0.05 + 1e-9 else CONTRADICTED,
+        f"mean of the five cells {mean:.2f}, printed {printed}",
+    )
 
 # %% ../../nbs/report/03_claims.ipynb #4d597a4c
 def reachable(
     percent: float,  # as printed, one decimal
-    records: int,    # queries, times the number of runs averaged
+    records: int,  # queries, times the number of runs averaged
 ) -> bool:
     "Can a share of this many records be printed like this?"
     right = np.arange(np.floor(percent / 100 * records - 1), percent / 100 * records + 2)
-    return bool((np.abs(100 * right / records - percent) <= .05 + 1e-9).any())
+    return bool((np.abs(100 * right / records - percent) <= 0.05 + 1e-9).any())
+
 
 @check
 def granularity(
     paper: dict,
-    system: str,   # row of Table 1 whose own paper uses 250 queries
+    system: str,  # row of Table 1 whose own paper uses 250 queries
 ) -> Finding:
     "Can both rows of a system, without 3D input and with it, come from the queries that its own paper uses?"
     queries = paper["sources"][system][0]["queries"]
     cells, own = (paper["table1"][side][system] for side in ("only 2D", "2D + 3D"))
-    said = [f"{cell} " + (f"= {cell * queries / 100:.0f}/{queries}" if reachable(cell, queries) else
-            f"is {cell * queries / 100:.2f} of {queries} queries, possible only for a mean of {next(r for r in range(2, 99) if reachable(cell, queries * r))} or more runs") for cell in cells]
-    if all(reachable(cell, queries) for cell in cells): return Finding(CONSISTENT, f"{', '.join(said)}")
-    return Finding(CONTRADICTED, f"only 2D: {'; '.join(said)}. 2D + 3D: {own[0]} / {own[1]} is {own[0] * queries / 100:.0f} and {own[1] * queries / 100:.0f} of {queries}. The two rows have two sample sets")
+    said = [
+        f"{cell} "
+        + (
+            f"= {cell * queries / 100:.0f}/{queries}"
+            if reachable(cell, queries)
+            else f"is {cell * queries / 100:.2f} of {queries} queries, possible only for a mean of {next(r for r in range(2, 99) if reachable(cell, queries * r))} or more runs"
+        )
+        for cell in cells
+    ]
+    if all(reachable(cell, queries) for cell in cells):
+        return Finding(CONSISTENT, f"{', '.join(said)}")
+    return Finding(
+        CONTRADICTED,
+        f"only 2D: {'; '.join(said)}. 2D + 3D: {own[0]} / {own[1]} is {own[0] * queries / 100:.0f} and {own[1] * queries / 100:.0f} of {queries}. The two rows have two sample sets",
+    )
 
 # %% ../../nbs/report/03_claims.ipynb #e2035500
 def nearest_variant(
     paper: dict,
-    system: str,   # row of Table 1 or 2
+    system: str,  # row of Table 1 or 2
 ) -> tuple[dict, float]:  # the variant and its largest difference from the printed cells [points]
     "The published variant of a system that is nearest to its printed ScanRefer cells."
     printed = np.array(paper["table2"].get(system, paper["table1"]["2D + 3D"].get(system))[:2])
-    return min(((variant, np.abs(printed - variant["values"]).max()) for variant in paper["sources"][system]), key=lambda pair: pair[1])
+    return min(
+        ((variant, np.abs(printed - variant["values"]).max()) for variant in paper["sources"][system]),
+        key=lambda pair: pair[1],
+    )
+
 
 @check
 def quoted(paper: dict, system: str) -> Finding:
     "Are the printed cells the system's own 3D IoU result?"
     variant, difference = nearest_variant(paper, system)
-    others = "".join(f"; {v['variant']}: {v['values'][0]} / {v['values'][1]}" for v in paper["sources"][system] if v is not variant)
-    said = f"{'equal to' if difference < .05 else 'no published variant found; nearest'} '{variant['variant']}': {variant['values'][0]} / {variant['values'][1]} ({variant['where']}){others}"
-    if difference >= .05: return Finding(NOT_TESTABLE, f"{said}; not run here")
-    return Finding(CONTRADICTED, said) if "2D" in variant["variant"] else Finding(CONSISTENT, f"as published, {said}; not run here")
+    others = "".join(
+        f"; {v['variant']}: {v['values'][0]} / {v['values'][1]}" for v in paper["sources"][system] if v is not variant
+    )
+    said = f"{'equal to' if difference < 0.05 else 'no published variant found; nearest'} '{variant['variant']}': {variant['values'][0]} / {variant['values'][1]} ({variant['where']}){others}"
+    if difference >= 0.05:
+        return Finding(NOT_TESTABLE, f"{said}; not run here")
+    return (
+        Finding(CONTRADICTED, said)
+        if "2D" in variant["variant"]
+        else Finding(CONSISTENT, f"as published, {said}; not run here")
+    )
 
 # %% ../../nbs/report/03_claims.ipynb #72530c27
 @check
 def blind_is_better(paper: dict, system: str) -> Finding:
     "Does the row without 3D input beat the real system with it, by the system's own 3D IoU?"
     blind, real = paper["table1"]["only 2D"][system][1], paper["sources"][system][0]["values"][1]
-    return Finding(NOT_TESTABLE, f"by 3D IoU, {blind} without 3D input would be {'above' if blind > real else 'below'} the {real} that the system reports with sensor depth; by the overlap of image masks, "
-                   "in which its other row is printed, it would be another measure than section 4.1 says")
+    return Finding(
+        NOT_TESTABLE,
+        f"by 3D IoU, {blind} without 3D input would be {'above' if blind > real else 'below'} the {real} that the system reports with sensor depth; by the overlap of image masks, "
+        "in which its other row is printed, it would be another measure than section 4.1 says",
+    )
+
 
 @check
 def premise(paper: dict) -> Finding:
     "How much of a published 3D system's accuracy needs its 3D input, by its own ablation."
     full, without = paper["sources"]["Video-3D LLM"]
-    def pair(variant): return "{} / {}".format(*variant["values"])
-    return Finding(NOT_TESTABLE, f"Video-3D LLM without its 3D position code keeps {pair(without)} of {pair(full)} on ScanRefer, where proposals still bring 3D in, "
-                   f"but CIDEr {without['captions']} of {full['captions']} on Scan2Cap: it depends on the task")
+
+    def pair(variant):
+        return "{} / {}".format(*variant["values"])
+
+    return Finding(
+        NOT_TESTABLE,
+        f"Video-3D LLM without its 3D position code keeps {pair(without)} of {pair(full)} on ScanRefer, where proposals still bring 3D in, "
+        f"but CIDEr {without['captions']} of {full['captions']} on Scan2Cap: it depends on the task",
+    )
+
 
 @check
 def drops(paper: dict) -> Finding:
     "What 3D input is worth in Table 1 [points]."
-    lost = np.array([np.subtract(paper["table1"]["2D + 3D"][system], cells) for system, cells in paper["table1"]["only 2D"].items()])
-    return Finding(NOT_TESTABLE, "a matter of degree: in Table 1 itself 3D input is worth {:.1f} to {:.1f} points of Acc@0.25 and {:.1f} to {:.1f} of Acc@0.5".format(*np.c_[lost.min(0), lost.max(0)].ravel()))
+    lost = np.array(
+        [np.subtract(paper["table1"]["2D + 3D"][system], cells) for system, cells in paper["table1"]["only 2D"].items()]
+    )
+    return Finding(
+        NOT_TESTABLE,
+        "a matter of degree: in Table 1 itself 3D input is worth {:.1f} to {:.1f} points of Acc@0.25 and {:.1f} to {:.1f} of Acc@0.5".format(
+            *np.c_[lost.min(0), lost.max(0)].ravel()
+        ),
+    )
 
 # %% ../../nbs/report/03_claims.ipynb #1963033a
 @check
 def leads(
     paper: dict,
-    metric: str,              # column of Table 2
-    records: tuple = None,    # benchmark and number of it in paper["benchmarks"]
+    metric: str,  # column of Table 2
+    records: tuple = None,  # benchmark and number of it in paper["benchmarks"]
 ) -> Finding:
     "The rank of the paper's own row in a column, and its lead against the width of a 95 % interval."
     column = paper["table2"]["metrics"].index(metric)
     rows = {s: r[column] for s, r in paper["table2"].items() if s != "metrics" and r[column] is not None}
     ranked = sorted(rows, key=rows.get, reverse=True)
     own, rank = rows["W2R2 LLM"], ranked.index("W2R2 LLM") + 1
-    if rank > 1: return Finding(CONSISTENT, f"rank {rank} of {len(rows)} in the printed table: {own} against {rows[ranked[0]]} of {ranked[0]}")
+    if rank > 1:
+        return Finding(
+            CONSISTENT,
+            f"rank {rank} of {len(rows)} in the printed table: {own} against {rows[ranked[0]]} of {ranked[0]}",
+        )
     said = f"first of {len(rows)} in the printed table, {own - rows[ranked[1]]:.1f} above {ranked[1]}"
-    if not records: return Finding(CONSISTENT, said)
+    if not records:
+        return Finding(CONSISTENT, said)
+
     def interval(percent, n):
         found = wilson(round(percent / 100 * n), n)
         return f"{percent} on {n:,} records has the 95 % interval {100 * found.low:.1f} to {100 * found.high:.1f}"
+
     n = paper["benchmarks"][records[0]][records[1]]
     rival = next((v["queries"] for v in paper["sources"].get(ranked[1], []) if "queries" in v and metric != "EM"), n)
-    return Finding(CONSISTENT, f"{said}; {interval(own, n)}, {interval(rows[ranked[1]], rival)}. The order of printed numbers only: the rows differ in metric and sample (see the metric mix)")
+    return Finding(
+        CONSISTENT,
+        f"{said}; {interval(own, n)}, {interval(rows[ranked[1]], rival)}. The order of printed numbers only: the rows differ in metric and sample (see the metric mix)",
+    )
 
 # %% ../../nbs/report/03_claims.ipynb #0ed8831d
 @check
 def figure_and_table(
     paper: dict,
-    dial: str,     # "lam" or "mu"
-    metric: str,   # column of Table 2
+    dial: str,  # "lam" or "mu"
+    metric: str,  # column of Table 2
 ) -> Finding:
     "Does a peak that the text names fit the table?"
     point = next(p for p in paper["figure3"][dial] if p["metric"] == metric)
     table, default = paper["table2"]["W2R2 LLM"][paper["table2"]["metrics"].index(metric)], paper["defaults"][dial]
-    if point["dial"] == default: return Finding(CONSISTENT if point["value"] == table else CONTRADICTED, f"at the default {dial} = {default} Table 2 prints {table}")
-    if point["value"] < table: return Finding(CONTRADICTED, f"Table 2 prints {table} at {dial} = {default}, more than the peak")
-    return Finding(NOT_TESTABLE, f"needs a curve that falls by {point['value'] - table:.1f} from {dial} = {point['dial']} to the default {default}, where Table 2 prints {table}; the curve's points are not printed")
+    if point["dial"] == default:
+        return Finding(
+            CONSISTENT if point["value"] == table else CONTRADICTED,
+            f"at the default {dial} = {default} Table 2 prints {table}",
+        )
+    if point["value"] < table:
+        return Finding(CONTRADICTED, f"Table 2 prints {table} at {dial} = {default}, more than the peak")
+    return Finding(
+        NOT_TESTABLE,
+        f"needs a curve that falls by {point['value'] - table:.1f} from {dial} = {point['dial']} to the default {default}, where Table 2 prints {table}; the curve's points are not printed",
+    )
 
 # %% ../../nbs/report/03_claims.ipynb #a731ca06
 def hinge_gradient(
-    box: str,            # "expected" or "decoded" coordinates
-    stop: bool,          # stop the gradient at the shortcut answer
-    mu: float = .1,      # margin, low enough for the hinge to be active here
+    box: str,  # "expected" or "decoded" coordinates
+    stop: bool,  # stop the gradient at the shortcut answer
+    mu: float = 0.1,  # margin, low enough for the hinge to be active here
 ) -> tuple[float, float]:  # value of the hinge, norm of its gradient
     "Eq. 6 on a head with six coordinates of 16 bins each, its target near its answer."
     torch.manual_seed(0)
-    head, hidden, bins = torch.nn.Linear(8, 6 * 16), torch.randn(8), torch.linspace(.5, 2, 16)
+    head, hidden, bins = torch.nn.Linear(8, 6 * 16), torch.randn(8), torch.linspace(0.5, 2, 16)
     probability = (4 * head(hidden)).view(6, 16).softmax(-1)
     answer = probability @ bins if box == "expected" else bins[probability.argmax(-1)]
     loss = (box_iou(answer.detach() if stop else answer, (probability @ bins).detach() * 1.05) - mu).clamp(min=0)
-    if not loss.requires_grad: return loss.item(), 0.
+    if not loss.requires_grad:
+        return loss.item(), 0.0
     return loss.item(), torch.stack([g.norm() for g in torch.autograd.grad(loss, head.parameters())]).norm().item()
+
 
 @check
 def gradient(paper: dict) -> Finding:
@@ -187,7 +265,10 @@ def gradient(paper: dict) -> Finding:
     _, decoded = hinge_gradient("decoded", stop=False)
     _, reading = hinge_gradient("expected", stop=False)
     said = f"hinge active ({value:.2f}), gradient {printed:g} with the stop-gradient as printed, {decoded:g} for a decoded box without it, {reading:.2f} for an expected box without it"
-    return Finding(CONTRADICTED if printed == 0 else CONSISTENT, f"{said}. As printed, W2R2 is plain fine-tuning for every lambda and mu")
+    return Finding(
+        CONTRADICTED if printed == 0 else CONSISTENT,
+        f"{said}. As printed, W2R2 is plain fine-tuning for every lambda and mu",
+    )
 
 # %% ../../nbs/report/03_claims.ipynb #bb7aa0bd
 @check
@@ -195,46 +276,69 @@ def hinge(paper: dict) -> Finding:
     "An upper bound on the share of 2D-only answers that Eq. 6 can push, from the paper's own Table 1."
     mu, cells = paper["defaults"]["mu"], paper["table1"]["only 2D"]
     highest, lowest = max(c[1] for c in cells.values()), min(c[1] for c in cells.values())
-    return Finding(NOT_TESTABLE, f"the margin mu = {mu} leaves alone every answer with IoU <= {mu}: at least {100 - highest:.1f} % ({100 - lowest:.1f} % for the lowest row) of the "
-                   f"2D-only answers of Table 1, of which only {lowest} to {highest} % pass 0.5. The share that passes {mu} is not printed, and neither is that of the training data: an indication, of grounding only")
+    return Finding(
+        NOT_TESTABLE,
+        f"the margin mu = {mu} leaves alone every answer with IoU <= {mu}: at least {100 - highest:.1f} % ({100 - lowest:.1f} % for the lowest row) of the "
+        f"2D-only answers of Table 1, of which only {lowest} to {highest} % pass 0.5. The share that passes {mu} is not printed, and neither is that of the training data: an indication, of grounding only",
+    )
 
 # %% ../../nbs/report/03_claims.ipynb #2bfa8608
 def _say(choice: dict) -> str:
     "A choice in words."
-    return ", ".join(str(value) if name in ("arm", "metric") else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in choice.items())
+    return ", ".join(
+        str(value)
+        if name in ("arm", "metric")
+        else f"{name} {value:g}"
+        if isinstance(value, float)
+        else f"{name} {value}"
+        for name, value in choice.items()
+    )
+
 
 def _sample(chosen: pd.DataFrame, a: dict, b: dict, d: Difference) -> str:
     "Over what a difference was taken; a floor has no training and so no seed."
     left, right = (set(select(chosen, **side).seed) for side in (a, b))
     seeds = len(left if b.get("pass") == "floor" else left & right)
-    return f"noise {chosen.noise.iloc[0]:g}, {seeds} seed{'s' * (seeds > 1)}" + (f", {d.n // seeds:,} scenes" if d.n > seeds else "")
+    return f"noise {chosen.noise.iloc[0]:g}, {seeds} seed{'s' * (seeds > 1)}" + (
+        f", {d.n // seeds:,} scenes" if d.n > seeds else ""
+    )
+
 
 def compare(
     results: pd.DataFrame,  # of all runs, at one level of geometry noise
-    choose: dict,           # what both sides have in common
-    a: dict,                # first side
-    b: dict = None,         # second side; None: compare with the number `above`
+    choose: dict,  # what both sides have in common
+    a: dict,  # first side
+    b: dict = None,  # second side; None: compare with the number `above`
     expect: str = "greater",  # or "not less"
     above: float = None,
-    share: float = None,    # claim that `a` is more than this share of `b` instead, for every seed
-    scores: dict = {},      # per scene, from `w2r2.report.results.read_scores`
+    share: float = None,  # claim that `a` is more than this share of `b` instead, for every seed
+    scores: dict = {},  # per scene, from `w2r2.report.results.read_scores`
 ) -> Finding:
     "Decide a claim by the difference of two sides, in points; of the diagnosis, whose measures are no shares, in hundredths."
     chosen = select(results, **choose)
     what = f"{_say(choose)}; {_say(a)}"
     if above is not None:
         values = select(chosen, **a).value
-        if values.empty: return Finding(PENDING, f"no result for {what}")
-        return Finding(REPRODUCED if values.mean() > above else NOT_REPRODUCED, f"{what}: {100 * values.mean():.2g} % on average, {len(values)} seeds; the claim needs more than {100 * above:g} %")
+        if values.empty:
+            return Finding(PENDING, f"no result for {what}")
+        return Finding(
+            REPRODUCED if values.mean() > above else NOT_REPRODUCED,
+            f"{what}: {100 * values.mean():.2g} % on average, {len(values)} seeds; the claim needs more than {100 * above:g} %",
+        )
     what += f" {'of' if share else 'minus'} {_say(b)}"
     d = contrast(chosen, a, b, scores)
-    if d is None: return Finding(PENDING, f"no pair of results for {what}")
+    if d is None:
+        return Finding(PENDING, f"no pair of results for {what}")
     sample = _sample(chosen, a, b, d)
     if share:
         left, right = (select(chosen, **side).set_index("seed").value for side in (a, b))
         kept = (left / right).dropna()
-        return Finding(REPRODUCED if kept.min() > share else NOT_REPRODUCED, f"{what}: {100 * kept.mean():.0f} % ({100 * kept.min():.0f} to {100 * kept.max():.0f} by seed); {sample}")
-    if not np.isfinite(d.low): return Finding(PENDING, f"{what}: {100 * d.value:+.1f}, too few pairs for an interval; {sample}")
+        return Finding(
+            REPRODUCED if kept.min() > share else NOT_REPRODUCED,
+            f"{what}: {100 * kept.mean():.0f} % ({100 * kept.min():.0f} to {100 * kept.max():.0f} by seed); {sample}",
+        )
+    if not np.isfinite(d.low):
+        return Finding(PENDING, f"{what}: {100 * d.value:+.1f}, too few pairs for an interval; {sample}")
     held = d.low > 0 if expect == "greater" else d.high >= 0
     said = "" if held else " (the opposite)" if d.high < 0 else " (no difference beyond the interval)"
     return Finding(REPRODUCED if held else NOT_REPRODUCED, f"{what}: {in_points(d)}{said}; {sample}")
@@ -242,47 +346,75 @@ def compare(
 # %% ../../nbs/report/03_claims.ipynb #e692af93
 def peak(
     results: pd.DataFrame,
-    choose: dict,           # one curve
-    dial: str,              # "lam" or "mu"
-    at: float,              # where the paper sees its maximum
+    choose: dict,  # one curve
+    dial: str,  # "lam" or "mu"
+    at: float,  # where the paper sees its maximum
     scores: dict = {},
 ) -> Finding:
     "Is the best setting of a dial the paper's, and better than each other one beyond the interval?"
     # only seeds that every point has, or the points would be compared over different runs
     chosen = select(results, **choose)
     means = chosen.pivot_table(index=dial, columns="seed", values="value").dropna(axis=1).mean(axis=1).dropna()
-    if len(means) < 3 or at not in means: return Finding(PENDING, f"{len(means)} points of the curve")
+    if len(means) < 3 or at not in means:
+        return Finding(PENDING, f"{len(means)} points of the curve")
     best = means.idxmax()
     others = {value: contrast(chosen, {dial: at}, {dial: value}, scores) for value in means.index.drop(at)}
-    rival = min(others, key=lambda value: others[value].value)    # the point that comes nearest to the paper's, or passes it
+    rival = min(
+        others, key=lambda value: others[value].value
+    )  # the point that comes nearest to the paper's, or passes it
     d = others[rival]
     said = f"{_say(choose)}: best at {dial} = {best:g} ({100 * means[best]:.1f}); the paper's {at:g} ({100 * means[at]:.1f}) minus {rival:g}"
-    if not np.isfinite(d.low): return Finding(PENDING, f"{said}: too few seeds")
+    if not np.isfinite(d.low):
+        return Finding(PENDING, f"{said}: too few seeds")
     held = best == at and all(other.low > 0 for other in others.values())
-    return Finding(REPRODUCED if held else NOT_REPRODUCED, f"{said}: {in_points(d)}" + (" (no difference beyond the interval)" if d.low <= 0 <= d.high else "")
-                   + f"; {_sample(chosen, {dial: at}, {dial: rival}, d)}")
+    return Finding(
+        REPRODUCED if held else NOT_REPRODUCED,
+        f"{said}: {in_points(d)}"
+        + (" (no difference beyond the interval)" if d.low <= 0 <= d.high else "")
+        + f"; {_sample(chosen, {dial: at}, {dial: rival}, d)}",
+    )
 
 # %% ../../nbs/report/03_claims.ipynb #e3e737e8
-LINKS = {"overall": "the-overall-column", "granularity": "250-queries", "quoted": "the-metric-mix", "blind_is_better": "the-metric-mix", "premise": "the-metric-mix",
-         "drops": "the-metric-mix", "leads": "ranks", "figure_and_table": "figure-3-against-table-2", "gradient": "the-gradient-of-eq-6", "hinge": "how-often-the-hinge-can-be-active"}
+LINKS = {
+    "overall": "the-overall-column",
+    "granularity": "250-queries",
+    "quoted": "the-metric-mix",
+    "blind_is_better": "the-metric-mix",
+    "premise": "the-metric-mix",
+    "drops": "the-metric-mix",
+    "leads": "ranks",
+    "figure_and_table": "figure-3-against-table-2",
+    "gradient": "the-gradient-of-eq-6",
+    "hinge": "how-often-the-hinge-can-be-active",
+}
+
 
 def audit(
     results: pd.DataFrame = None,  # of all runs; None: nothing has been measured yet
-    paper: dict = None,            # from `read_paper`; None: the file in data/
+    paper: dict = None,  # from `read_paper`; None: the file in data/
     scores: dict = {},
-    noise: float | None = None,    # the regime that decides: geometry noise, in the place of reconstructed geometry; None: the noisiest
+    noise: float
+    | None = None,  # the regime that decides: geometry noise, in the place of reconstructed geometry; None: the noisiest
 ) -> pd.DataFrame:  # id, where, claim, status, evidence, link
     "Every claim with what became of it; boxes as the model gives them, not refined by proposals."
     paper, rows = paper or read_paper(), []
-    if results is not None: results, noise = results[results.proposals != "yes"], results.noise.max() if noise is None else noise
+    if results is not None:
+        results, noise = results[results.proposals != "yes"], results.noise.max() if noise is None else noise
     for claim in paper["claims"]:
-        link = "03_claims.ipynb#claims-that-an-experiment-decides"
+        link = "report/03_claims.ipynb#claims-that-an-experiment-decides"
         if "check" in claim:
-            finding, link = CHECKS[claim["check"]](paper, **claim.get("arguments", {})), f"03_claims.ipynb#{LINKS[claim['check']]}"
-        elif "status" in claim: finding, link = Finding(claim["status"], claim["evidence"]), claim["link"]
-        elif results is None: finding = Finding(PENDING, "no results yet")
+            finding, link = (
+                CHECKS[claim["check"]](paper, **claim.get("arguments", {})),
+                f"report/03_claims.ipynb#{LINKS[claim['check']]}",
+            )
+        elif "status" in claim:
+            finding, link = Finding(claim["status"], claim["evidence"]), claim["link"]
+        elif results is None:
+            finding = Finding(PENDING, "no results yet")
         else:
             decide, question = (peak, claim["peak"]) if "peak" in claim else (compare, claim["compare"])
-            finding = decide(results[results.noise == question["choose"].get("noise", noise)], **question, scores=scores)
+            finding = decide(
+                results[results.noise == question["choose"].get("noise", noise)], **question, scores=scores
+            )
         rows.append([claim["id"], claim["where"], claim["says"], finding.status, finding.evidence, link])
     return pd.DataFrame(rows, columns=["id", "where", "claim", "status", "evidence", "link"])

@@ -26,21 +26,27 @@ from .tables import at_defaults
 STYLE = Path(w2r2.__file__).parents[1] / "matplotlibrc"
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
+
 def styled(draw):
     "A function that draws in the project's style, wherever it is called, and leaves no figure open."
+
     @functools.wraps(draw)
     def drawn(*args, **kwargs) -> Figure:
         before = plt.get_fignums()
         with mpl.rc_context(fname=STYLE):
-            try: return draw(*args, **kwargs)
+            try:
+                return draw(*args, **kwargs)
             finally:
-                for number in set(plt.get_fignums()) - set(before): plt.close(number)
+                for number in set(plt.get_fignums()) - set(before):
+                    plt.close(number)
+
     return drawn
+
 
 def save(
     figure: Figure,
     folder: str | Path,
-    name: str,                  # of the files, without ending
+    name: str,  # of the files, without ending
     formats: tuple = ("png", "pdf", "svg"),
 ) -> list[Path]:
     "Write a figure in every format, the same bytes each time."
@@ -48,19 +54,45 @@ def save(
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = [Path(folder) / f"{name}.{ending}" for ending in formats]
     with mpl.rc_context(fname=STYLE):
-        for path, ending in zip(paths, formats): figure.savefig(path, metadata=undated[ending])
+        for path, ending in zip(paths, formats):
+            figure.savefig(path, metadata=undated[ending])
     return paths
 
 # %% ../../nbs/report/04_figures.ipynb #aeb01823
-def box(axis, x: float, y: float, width: float, text: str, face: str, height: float = .8) -> tuple:
+def box(axis, x: float, y: float, width: float, text: str, face: str, height: float = 0.8) -> tuple:
     "A labelled box with its middle at x, y; returns the middles of its left and right side."
-    axis.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.02,rounding_size=0.12", facecolor=face, edgecolor="0.2", linewidth=.9))
-    axis.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if sum(mpl.colors.to_rgb(face)) < 1.3 else "black")
-    return (x - width / 2 - .03, y), (x + width / 2 + .03, y)
+    axis.add_patch(
+        FancyBboxPatch(
+            (x - width / 2, y - height / 2),
+            width,
+            height,
+            boxstyle="round,pad=0.02,rounding_size=0.12",
+            facecolor=face,
+            edgecolor="0.2",
+            linewidth=0.9,
+        )
+    )
+    axis.text(
+        x,
+        y,
+        text,
+        ha="center",
+        va="center",
+        fontsize=8,
+        color="white" if sum(mpl.colors.to_rgb(face)) < 1.3 else "black",
+    )
+    return (x - width / 2 - 0.03, y), (x + width / 2 + 0.03, y)
+
 
 def arrow(axis, start: tuple, end: tuple, **line):
     "An arrow between two points."
-    axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "linewidth": 1, "color": "0.2", "shrinkA": 0, "shrinkB": 0, **line})
+    axis.annotate(
+        "",
+        end,
+        start,
+        arrowprops={"arrowstyle": "-|>", "linewidth": 1, "color": "0.2", "shrinkA": 0, "shrinkB": 0, **line},
+    )
+
 
 @styled
 def overview() -> Figure:
@@ -69,163 +101,275 @@ def overview() -> Figure:
     axis.set(xlim=(0, 15.6), ylim=(-1.15, 5.15))
     axis.axis("off")
     what, where, shared, loss = "#f0c9a5", "#1b4f72", "0.92", "0.98"
-    _, depth = box(axis, 1.3, 4.1, 2.2, "depth\nhere: the sensor's", "white", .9)
-    _, views = box(axis, 1.3, 2.75, 2.2, "views $I_{1..V}$\n$\\{K, R, T\\}$", "white", .9)
-    deep_in, deep_out = box(axis, 4.1, 4.1, 1.7, "$E_{3D}$  where\n❄ frozen", where, .9)
-    flat_in, flat_out = box(axis, 4.1, 2.75, 1.7, "$E_{2D}$  what\n❄ frozen", what, .9)
-    arrow(axis, depth, deep_in); arrow(axis, views, flat_in); arrow(axis, views, (deep_in[0], 3.85))
+    _, depth = box(axis, 1.3, 4.1, 2.2, "depth\nhere: the sensor's", "white", 0.9)
+    _, views = box(axis, 1.3, 2.75, 2.2, "views $I_{1..V}$\n$\\{K, R, T\\}$", "white", 0.9)
+    deep_in, deep_out = box(axis, 4.1, 4.1, 1.7, "$E_{3D}$  where\n❄ frozen", where, 0.9)
+    flat_in, flat_out = box(axis, 4.1, 2.75, 1.7, "$E_{2D}$  what\n❄ frozen", what, 0.9)
+    arrow(axis, depth, deep_in)
+    arrow(axis, views, flat_in)
+    arrow(axis, views, (deep_in[0], 3.85))
     fused_in, fused_out = box(axis, 7.3, 3.4, 2.2, "$\\Phi(F_{2D}, F_{3D})$", shared)
-    short_in, short_out = box(axis, 7.3, .9, 2.2, "$\\Phi(F_{2D}, \\mathbf{0})$", shared)
-    arrow(axis, deep_out, (fused_in[0], 3.6)); arrow(axis, flat_out, (fused_in[0], 3.2))
+    short_in, short_out = box(axis, 7.3, 0.9, 2.2, "$\\Phi(F_{2D}, \\mathbf{0})$", shared)
+    arrow(axis, deep_out, (fused_in[0], 3.6))
+    arrow(axis, flat_out, (fused_in[0], 3.2))
     arrow(axis, flat_out, short_in, linestyle=(0, (4, 2)))
-    axis.text(5.5, 4.05, "$F_{3D}$", fontsize=8); axis.text(5.45, 2.52, "$F_{2D}$", fontsize=8)
-    decoder_in, decoder_out = box(axis, 10.2, 3.4, 2., "decoder $\\mathcal{D}_\\theta$", shared)
-    again_in, again_out = box(axis, 10.2, .9, 2., "decoder $\\mathcal{D}_\\theta$", shared)
-    arrow(axis, fused_out, decoder_in); arrow(axis, short_out, again_in, linestyle=(0, (4, 2)))
-    arrow(axis, (10.2, 2.97), (10.2, 1.33), arrowstyle="<|-|>"); axis.text(10.3, 2.3, "same $\\theta$", fontsize=8)
-    _, query = box(axis, 10.2, 4.8, 2., "query $q$", "white", .6)
+    axis.text(5.5, 4.05, "$F_{3D}$", fontsize=8)
+    axis.text(5.45, 2.52, "$F_{2D}$", fontsize=8)
+    decoder_in, decoder_out = box(axis, 10.2, 3.4, 2.0, "decoder $\\mathcal{D}_\\theta$", shared)
+    again_in, again_out = box(axis, 10.2, 0.9, 2.0, "decoder $\\mathcal{D}_\\theta$", shared)
+    arrow(axis, fused_out, decoder_in)
+    arrow(axis, short_out, again_in, linestyle=(0, (4, 2)))
+    arrow(axis, (10.2, 2.97), (10.2, 1.33), arrowstyle="<|-|>")
+    axis.text(10.3, 2.3, "same $\\theta$", fontsize=8)
+    _, query = box(axis, 10.2, 4.8, 2.0, "query $q$", "white", 0.6)
     arrow(axis, (10.2, 4.47), (10.2, 3.83))
-    pull_in, _ = box(axis, 13.8, 3.4, 2.9, "$o_{fused}$: answer\npull  $\\mathcal{L}_{align}$", loss, 1.)
-    push_in, _ = box(axis, 13.8, .9, 2.9, "$o_{short}$: 2D-only answer\npush  $\\lambda\\,\\max(0,\\,s-\\mu)$", loss, 1.)
-    arrow(axis, decoder_out, pull_in); arrow(axis, again_out, push_in, linestyle=(0, (4, 2)))
-    axis.text(11.77, .9, "//", ha="center", va="center", fontsize=13, weight="bold", color="0.2"); axis.text(11.77, 1.3, "sg", ha="center", fontsize=8)
-    axis.plot([.2, 15.4], [1.85, 1.85], color="0.5", lw=.9, ls=(0, (1, 2)))
-    axis.text(.2, 1.95, "training and inference", fontsize=8, color="0.3"); axis.text(.2, 1.5, "training only", fontsize=8, color="0.3")
-    axis.text(7.8, -.4, "$\\mathcal{L}_{total} = \\mathcal{L}_{align} + \\lambda\\,\\mathcal{L}_{deterrence}$,   $s$: similarity of the 2D-only answer to the truth (3D IoU for boxes)", ha="center", fontsize=8)
-    axis.text(7.8, -.95, "sg: stop-gradient, as in the paper; it leaves the push without effect, and the readings of Eq. 6 differ in what they put in its place", ha="center", fontsize=8)
+    pull_in, _ = box(axis, 13.8, 3.4, 2.9, "$o_{fused}$: answer\npull  $\\mathcal{L}_{align}$", loss, 1.0)
+    push_in, _ = box(
+        axis, 13.8, 0.9, 2.9, "$o_{short}$: 2D-only answer\npush  $\\lambda\\,\\max(0,\\,s-\\mu)$", loss, 1.0
+    )
+    arrow(axis, decoder_out, pull_in)
+    arrow(axis, again_out, push_in, linestyle=(0, (4, 2)))
+    axis.text(11.77, 0.9, "//", ha="center", va="center", fontsize=13, weight="bold", color="0.2")
+    axis.text(11.77, 1.3, "sg", ha="center", fontsize=8)
+    axis.plot([0.2, 15.4], [1.85, 1.85], color="0.5", lw=0.9, ls=(0, (1, 2)))
+    axis.text(0.2, 1.95, "training and inference", fontsize=8, color="0.3")
+    axis.text(0.2, 1.5, "training only", fontsize=8, color="0.3")
+    axis.text(
+        7.8,
+        -0.4,
+        "$\\mathcal{L}_{total} = \\mathcal{L}_{align} + \\lambda\\,\\mathcal{L}_{deterrence}$,   $s$: similarity of the 2D-only answer to the truth (3D IoU for boxes)",
+        ha="center",
+        fontsize=8,
+    )
+    axis.text(
+        7.8,
+        -0.95,
+        "sg: stop-gradient, as in the paper; it leaves the push without effect, and the readings of Eq. 6 differ in what they put in its place",
+        ha="center",
+        fontsize=8,
+    )
     return figure
 
 # %% ../../nbs/report/04_figures.ipynb #9f92c00d
 def conditions(
-    figures: pd.DataFrame,   # from `w2r2.report.results.cells`; not empty
+    figures: pd.DataFrame,  # from `w2r2.report.results.cells`; not empty
 ) -> str:
     "Noise, refinement, seeds and kind of interval of the numbers in a figure, in words."
-    noise, refined = (" and ".join(map("{:g}".format if name == "noise" else str, figures[name].unique())) for name in ("noise", "proposals"))
+    noise, refined = (
+        " and ".join(map("{:g}".format if name == "noise" else str, figures[name].unique()))
+        for name in ("noise", "proposals")
+    )
     seeds = "-".join(map(str, dict.fromkeys([figures.seeds.min(), figures.seeds.max()])))
     over = " / ".join(kind for kind in figures.interval.unique() if kind != "none")
     return f"geometry noise {noise}, boxes refined: {refined}, seeds: {seeds}, 95 % intervals over {over or 'nothing: too few seeds'}"
 
 # %% ../../nbs/report/04_figures.ipynb #7730aab1
-PANELS = {"lam": (("scanrefer", "Acc@0.25", "Acc@0.25"), ("scanrefer", "Acc@0.5", "Acc@0.5")),    # dial -> task, metric of ours, metric in the paper
-          "mu": (("scan2cap", "CIDEr@0.5", "CIDEr"), ("scan2cap", "BLEU-4@0.5", "BLEU-4"))}
+PANELS = {
+    "lam": (
+        ("scanrefer", "Acc@0.25", "Acc@0.25"),
+        ("scanrefer", "Acc@0.5", "Acc@0.5"),
+    ),  # dial -> task, metric of ours, metric in the paper
+    "mu": (("scan2cap", "CIDEr@0.5", "CIDEr"), ("scan2cap", "BLEU-4@0.5", "BLEU-4")),
+}
+
 
 @styled
 def sweep(
-    results: pd.DataFrame,   # with one noise level
-    paper: dict,             # from `w2r2.report.claims.read_paper`
-    dial: str = "lam",       # or "mu"
-    reading: str = "direct", # arm
+    results: pd.DataFrame,  # with one noise level
+    paper: dict,  # from `w2r2.report.claims.read_paper`
+    dial: str = "lam",  # or "mu"
+    reading: str = "direct",  # arm
     split: str = "test",
     baseline: str = "plain",
     scores: dict = {},
 ) -> Figure:
     "Figure 3 (a) or (b); `ValueError` where two numbers share a point of a curve."
     other = {"lam": "mu", "mu": "lam"}[dial]
-    chosen = select(results, split=split, task=PANELS[dial][0][0], metric=[metric for _, metric, _ in PANELS[dial]], **{"pass": "fused"})
+    chosen = select(
+        results,
+        split=split,
+        task=PANELS[dial][0][0],
+        metric=[metric for _, metric, _ in PANELS[dial]],
+        **{"pass": "fused"},
+    )
     curve = cells(select(chosen, arm=reading, **{other: paper["defaults"][other]}), scores).sort_values(dial)
     flat = cells(select(chosen, arm=baseline), scores)
-    if curve.duplicated(["metric", dial]).any(): raise ValueError(f"sweep: two numbers for one metric at one {dial}; choose a noise level, steps and proposals first")
+    if curve.duplicated(["metric", dial]).any():
+        raise ValueError(
+            f"sweep: two numbers for one metric at one {dial}; choose a noise level, steps and proposals first"
+        )
     figure, axes = plt.subplots(2, 2, figsize=(7.4, 4.2), sharex=True, height_ratios=[1, 3])
     for (_, metric, printed), (above, axis) in zip(PANELS[dial], axes.T):
         unit = "[%]" if metric.startswith("Acc") else "× 100"
         points, level = curve[curve.metric == metric], flat[flat.metric == metric]
         if len(points):
             error = 100 * np.maximum(0, [points.value - points.low, points.high - points.value])
-            axis.errorbar(points[dial], 100 * points.value, np.nan_to_num(error), marker="o", ms=5, capsize=3, label=reading)
+            axis.errorbar(
+                points[dial], 100 * points.value, np.nan_to_num(error), marker="o", ms=5, capsize=3, label=reading
+            )
         if len(level) == 1:
             axis.axhline(100 * level.value.iloc[0], color="0.3", lw=1, ls=":", label=baseline)
-            axis.axhspan(*(100 * level[["low", "high"]].iloc[0]), color="0.88", lw=0, zorder=0, label=f"{baseline}, 95 % interval")
+            axis.axhspan(
+                *(100 * level[["low", "high"]].iloc[0]),
+                color="0.88",
+                lw=0,
+                zorder=0,
+                label=f"{baseline}, 95 % interval",
+            )
         axis.set(xlabel={"lam": "push strength λ", "mu": "margin μ"}[dial], ylabel=f"{metric} {unit}")
         marked = [point for point in paper["figure3"][dial] if point["metric"] == printed]
-        above.plot([point["dial"] for point in marked], [point["value"] for point in marked], "s", ms=7, mfc="none", mec="black", mew=1.3, label="printed in the paper (ScanNet)")
+        above.plot(
+            [point["dial"] for point in marked],
+            [point["value"] for point in marked],
+            "s",
+            ms=7,
+            mfc="none",
+            mec="black",
+            mew=1.3,
+            label="printed in the paper (ScanNet)",
+        )
         above.set(yticks=[point["value"] for point in marked], ylabel=unit, title=f"{printed} in the paper")
         above.margins(y=1)
     known = {label: handle for axis in axes[::-1].flat for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.get_layout_engine().set(w_pad=.12)
+    figure.get_layout_engine().set(w_pad=0.12)
     figure.align_ylabels()
     figure.legend(known.values(), known, loc="outside lower center", ncols=len(known), fontsize=8)
-    if len(curve): figure.suptitle(f"split {split}, {conditions(pd.concat([curve, flat]))}", fontsize=8)
+    if len(curve):
+        figure.suptitle(f"split {split}, {conditions(pd.concat([curve, flat]))}", fontsize=8)
     return figure
 
 # %% ../../nbs/report/04_figures.ipynb #e9d33acd
 @styled
 def features_figure(
-    points: pd.DataFrame,    # from `w2r2.study.latent.tsne`: x, y, features; of the last layer
-    table: pd.DataFrame,     # from `w2r2.study.latent.latent_geometry`: layer, pair and the three measures
+    points: pd.DataFrame,  # from `w2r2.study.latent.tsne`: x, y, features; of the last layer
+    table: pd.DataFrame,  # from `w2r2.study.latent.latent_geometry`: layer, pair and the three measures
 ) -> Figure:
     "Figure 1 with the projection-free figures of every layer."
     figure, (left, *right) = plt.subplots(1, 4, figsize=(9, 3), width_ratios=[2.2, 1, 1, 1])
-    looks = {"2D": {"marker": "o", "ms": 5.5, "mfc": "none", "mec": "0.55"}, "3D": {"marker": "s", "ms": 3, "color": "0.1"}, "fused": {"marker": "^", "ms": 3, "color": "C1"}}
-    for name, look in looks.items():     # a fused feature on a 2D one is a triangle in a ring
+    looks = {
+        "2D": {"marker": "o", "ms": 5.5, "mfc": "none", "mec": "0.55"},
+        "3D": {"marker": "s", "ms": 3, "color": "0.1"},
+        "fused": {"marker": "^", "ms": 3, "color": "C1"},
+    }
+    for name, look in looks.items():  # a fused feature on a 2D one is a triangle in a ring
         own = points[points.features == name]
-        left.plot(own.x, own.y, ls="", mew=.7, label=name, **look)
+        left.plot(own.x, own.y, ls="", mew=0.7, label=name, **look)
     left.set(xticks=[], yticks=[], title=f"t-SNE after layer {table.layer.iloc[-1]} (no units)")
-    left.legend(loc="upper center", bbox_to_anchor=(.5, -.02), ncols=3, fontsize=8)
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, fontsize=8)
     for axis, measure in zip(right, ["linear CKA", "centroid distance", "neighbourhood mixing"]):
         for (pair, rows), mark, color in zip(table.groupby("pair", sort=False), MARKS, ("0", "0.4", "0.65")):
-            axis.plot(rows.layer.replace("Phi", "Φ").astype(str), rows[measure], marker=mark, ms=5, color=color, label=pair)
-        axis.set(title=f"{measure}\n[{'spreads' if 'distance' in measure else '1 = same'}]", xlabel="layer (Φ: input)", ylim=(0, None if "distance" in measure else 1.03))
+            axis.plot(
+                rows.layer.replace("Phi", "Φ").astype(str), rows[measure], marker=mark, ms=5, color=color, label=pair
+            )
+        axis.set(
+            title=f"{measure}\n[{'spreads' if 'distance' in measure else '1 = same'}]",
+            xlabel="layer (Φ: input)",
+            ylim=(0, None if "distance" in measure else 1.03),
+        )
     figure.legend(*right[0].get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=8)
     return figure
 
 # %% ../../nbs/report/04_figures.ipynb #287b6900
 @styled
 def shifts(
-    results: pd.DataFrame,      # with one noise level
-    defaults: dict,             # lam and mu
-    arms: list = None,          # None: all
+    results: pd.DataFrame,  # with one noise level
+    defaults: dict,  # lam and mu
+    arms: list = None,  # None: all
     metric: str = "Acc@0.25",
     scores: dict = {},
 ) -> Figure:
     "Fused accuracy by test split and arm, with intervals: a panel for each number of steps."
-    chosen = select(at_defaults(results, defaults), task="scanrefer", metric=metric, proposals="no", **{"pass": "fused"})
+    chosen = select(
+        at_defaults(results, defaults), task="scanrefer", metric=metric, proposals="no", **{"pass": "fused"}
+    )
     chosen = chosen[chosen.split.str.startswith("test")]
     arms = arms or list(dict.fromkeys(chosen.arm))
     figures = cells(select(chosen, arm=arms), scores)
-    if figures.duplicated(["arm", "split"]).any(): raise ValueError("shifts: two numbers for one arm and split; choose a noise level first")
+    if figures.duplicated(["arm", "split"]).any():
+        raise ValueError("shifts: two numbers for one arm and split; choose a noise level first")
     order = figures[figures.arm == arms[0]].sort_values("value", ascending=False).split.tolist()
     panels = [(steps, rows, [arm for arm in arms if arm in set(rows.arm)]) for steps, rows in figures.groupby("steps")]
     most = max(len(own) for *_, own in panels)
-    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 3.4 * len(panels), 1.8 + .11 * len(order) * (1 + most)), sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(1 + 3.4 * len(panels), 1.8 + 0.11 * len(order) * (1 + most)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
     for axis, (steps, rows, own) in zip(axes[0], panels):
-        for i, (arm, color) in enumerate(zip(own, plt.get_cmap("cividis")(np.linspace(0, .85, len(own))))):
+        for i, (arm, color) in enumerate(zip(own, plt.get_cmap("cividis")(np.linspace(0, 0.85, len(own))))):
             points = rows[(rows.arm == arm) & rows.split.isin(order)]
-            place = points.split.map(order.index) + .12 * (i - (len(own) - 1) / 2)
+            place = points.split.map(order.index) + 0.12 * (i - (len(own) - 1) / 2)
             error = np.nan_to_num(100 * np.maximum(0, [points.value - points.low, points.high - points.value]))
-            axis.errorbar(100 * points.value, place, xerr=error, fmt=MARKS[i % len(MARKS)], ms=6, mec="black", mew=.6, lw=1.5, color=color, label=arm)
+            axis.errorbar(
+                100 * points.value,
+                place,
+                xerr=error,
+                fmt=MARKS[i % len(MARKS)],
+                ms=6,
+                mec="black",
+                mew=0.6,
+                lw=1.5,
+                color=color,
+                label=arm,
+            )
         axis.set_xlabel(f"{metric} [%]")
-        axis.legend(title=f"{steps:g} steps", fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1), ncols=min(2, len(own)))
+        axis.legend(
+            title=f"{steps:g} steps", fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(2, len(own))
+        )
     axes[0, 0].set_yticks(range(len(order)), [name.removeprefix("test_") for name in order])
     axes[0, 0].invert_yaxis()
-    axes[0, 0].set_xlim(left=0)      # of all panels, so after the last
+    axes[0, 0].set_xlim(left=0)  # of all panels, so after the last
     figure.suptitle(conditions(figures), fontsize=8)
     return figure
 
 # %% ../../nbs/report/04_figures.ipynb #11d166d8
 @styled
 def following(
-    moved: dict,     # arm -> frame from `w2r2.study.diagnose.displacements`: scene, axis, shift [m], displacement [m]
-    slopes: dict,    # arm -> Interval from `w2r2.study.diagnose.following_slope`
+    moved: dict,  # arm -> frame from `w2r2.study.diagnose.displacements`: scene, axis, shift [m], displacement [m]
+    slopes: dict,  # arm -> Interval from `w2r2.study.diagnose.following_slope`
 ) -> Figure:
     "Displacement of the answer against the shift of the geometry, a dot per scene, axis and shift, for every arm."
     columns = min(4, len(moved))
     lines = -(-len(moved) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(2.6 * columns + .6, 2.8 * lines), sharex=True, sharey=True, squeeze=False)
-    for axis in axes.flat[len(moved):]: axis.set_axis_off()
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(2.6 * columns + 0.6, 2.8 * lines), sharex=True, sharey=True, squeeze=False
+    )
+    for axis in axes.flat[len(moved) :]:
+        axis.set_axis_off()
     limit = 1.15 * max(rows["shift"].abs().max() for rows in moved.values())
     ends = np.array([-limit, limit])
     for panel, (arm, rows) in zip(axes.flat, moved.items()):
         mean = rows.groupby(["axis", "scene", "shift"]).displacement.mean().reset_index()
         for (axis, own), mark, shade in zip(mean.groupby("axis"), MARKS, ("0.6", "0.3", "0")):
-            panel.plot(own["shift"] + {"x": -.04, "y": .04, "z": 0}[axis] * limit, own.displacement, mark, ms=3, color=shade, mew=0, label=f"a scene, shift along {axis}")
+            panel.plot(
+                own["shift"] + {"x": -0.04, "y": 0.04, "z": 0}[axis] * limit,
+                own.displacement,
+                mark,
+                ms=3,
+                color=shade,
+                mew=0,
+                label=f"a scene, shift along {axis}",
+            )
         slope = slopes[arm]
         panel.plot(ends, ends, color="0.3", lw=1.1, ls="--", label="slope 1: geometry decides")
         panel.plot(ends, slope.value * ends, color="C1", lw=2, label="measured slope, 95 % interval")
-        panel.fill_between(ends, slope.low * ends, slope.high * ends, color="C1", alpha=.3, lw=0)
-        panel.set(title=f"{arm}\nslope {slope.value:.2f} [{slope.low:.2f}, {slope.high:.2f}]", ylim=(-2 * limit, 2 * limit))
-    for panel in axes.flat[len(moved) - columns:len(moved)]:     # the lowest of each column
+        panel.fill_between(ends, slope.low * ends, slope.high * ends, color="C1", alpha=0.3, lw=0)
+        panel.set(
+            title=f"{arm}\nslope {slope.value:.2f} [{slope.low:.2f}, {slope.high:.2f}]", ylim=(-2 * limit, 2 * limit)
+        )
+    for panel in axes.flat[len(moved) - columns : len(moved)]:  # the lowest of each column
         panel.set_xlabel("shift of the geometry [m]")
         panel.tick_params(labelbottom=True)
-    for panel in axes[:, 0]: panel.set_ylabel("displacement\nof the answer [m]")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5 if columns > 2 else 2, fontsize=8, markerscale=2)
+    for panel in axes[:, 0]:
+        panel.set_ylabel("displacement\nof the answer [m]")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5 if columns > 2 else 2,
+        fontsize=8,
+        markerscale=2,
+    )
     return figure

@@ -19,21 +19,38 @@ from .tables import as_long
 
 # %% ../../nbs/report/05_findings.ipynb #fd07484e
 def against_plain(
-    results: pd.DataFrame,          # an arm at one setting of its dials, see `w2r2.report.tables.at_defaults`
-    splits: dict[str, list[str]],   # what to call them -> splits that are taken together
+    results: pd.DataFrame,  # an arm at one setting of its dials, see `w2r2.report.tables.at_defaults`
+    splits: dict[str, list[str]],  # what to call them -> splits that are taken together
     metric: str = "Acc@0.25",
-    proposals: str = "no",          # or "yes": boxes refined by proposals
-    scores: dict = {},              # per scene, from `w2r2.report.results.read_scores`
-) -> pd.DataFrame:                  # noise, where, arm, against, seeds, value, low, high: points of accuracy
+    proposals: str = "no",  # or "yes": boxes refined by proposals
+    scores: dict = {},  # per scene, from `w2r2.report.results.read_scores`
+) -> pd.DataFrame:  # noise, where, arm, against, seeds, value, low, high: points of accuracy
     "Fused accuracy of every arm minus that of the arm of plain fine-tuning with as many steps, in pairs of queries and seeds."
     chosen, rows = select(results, task="scanrefer", metric=metric, proposals=proposals, **{"pass": "fused"}), []
     for noise, (where, together) in product(sorted(chosen.noise.unique(), reverse=True), splits.items()):
         here = select(chosen, noise=noise, split=together)
-        for arm, against in ((arm, rival) for arm, steps in here.groupby("arm", sort=False).steps.first().items() if not arm.startswith("plain") for rival in as_long(here, arm, steps)):
+        for arm, against in (
+            (arm, rival)
+            for arm, steps in here.groupby("arm", sort=False).steps.first().items()
+            if not arm.startswith("plain")
+            for rival in as_long(here, arm, steps)
+        ):
             d = contrast(here, {"arm": arm}, {"arm": against}, scores)
-            if d is None: continue
+            if d is None:
+                continue
             seeds = len(set(select(here, arm=arm).seed) & set(select(here, arm=against).seed))
-            rows.append({"noise": noise, "where": where, "arm": arm, "against": against, "seeds": seeds, "value": 100 * d.value, "low": 100 * d.low, "high": 100 * d.high})
+            rows.append(
+                {
+                    "noise": noise,
+                    "where": where,
+                    "arm": arm,
+                    "against": against,
+                    "seeds": seeds,
+                    "value": 100 * d.value,
+                    "low": 100 * d.low,
+                    "high": 100 * d.high,
+                }
+            )
     return pd.DataFrame(rows, columns=["noise", "where", "arm", "against", "seeds", "value", "low", "high"])
 
 # %% ../../nbs/report/05_findings.ipynb #edd5bdeb
@@ -43,7 +60,9 @@ def forest(
 ) -> Figure:
     "Differences with their intervals, a line for each arm, a panel for each `where`."
     arms, places = differences.arm.drop_duplicates()[::-1], differences["where"].unique()
-    figure, axes = plt.subplots(1, len(places), figsize=(2 + 2.4 * len(places), 0.6 + 0.22 * len(arms)), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(places), figsize=(2 + 2.4 * len(places), 0.6 + 0.22 * len(arms)), sharey=True, squeeze=False
+    )
     for axis, place in zip(axes[0], places):
         part = differences[differences["where"] == place].set_index("arm").reindex(arms)
         axis.axvline(0, color="0.6", lw=0.8)
@@ -51,7 +70,13 @@ def forest(
         clear = ((part.low > 0) | (part.high < 0)).to_numpy()
         for chosen, face in ((clear, "black"), (~clear, "white")):
             axis.scatter(part.value[chosen], np.flatnonzero(chosen), s=18, facecolor=face, edgecolor="black", zorder=3)
-        axis.set(title=place, xlabel="difference [points]", yticks=range(len(arms)), yticklabels=arms, ylim=(-0.7, len(arms) - 0.3))
+        axis.set(
+            title=place,
+            xlabel="difference [points]",
+            yticks=range(len(arms)),
+            yticklabels=arms,
+            ylim=(-0.7, len(arms) - 0.3),
+        )
     return figure
 
 # %% ../../nbs/report/05_findings.ipynb #32bd6b2d
@@ -59,12 +84,28 @@ def left_without_3d(
     results: pd.DataFrame,
     arm: str = "plain",
     split: str = "test",
-) -> pd.DataFrame:   # noise, metric, refined, fused, 2D-only, left, lowest, highest, seeds: percent
+) -> pd.DataFrame:  # noise, metric, refined, fused, 2D-only, left, lowest, highest, seeds: percent
     "Accuracies of the fused and of the 2D-only pass, and their ratio: mean, lowest and highest over seeds."
-    chosen, rows = select(results, arm=arm, split=split, task="scanrefer", metric=["Acc@0.25", "Acc@0.5"], **{"pass": ["fused", "2d"]}), []
+    chosen, rows = (
+        select(
+            results, arm=arm, split=split, task="scanrefer", metric=["Acc@0.25", "Acc@0.5"], **{"pass": ["fused", "2d"]}
+        ),
+        [],
+    )
     for (noise, metric, proposals), part in chosen.groupby(["noise", "metric", "proposals"]):
         both = 100 * part.pivot(index="seed", columns="pass", values="value").dropna()
         share = 100 * both["2d"] / both["fused"]
-        rows.append({"noise": noise, "metric": metric, "refined": proposals, "fused": both["fused"].mean(), "2D-only": both["2d"].mean(),
-                     "left": share.mean(), "lowest": share.min(), "highest": share.max(), "seeds": len(both)})
+        rows.append(
+            {
+                "noise": noise,
+                "metric": metric,
+                "refined": proposals,
+                "fused": both["fused"].mean(),
+                "2D-only": both["2d"].mean(),
+                "left": share.mean(),
+                "lowest": share.min(),
+                "highest": share.max(),
+                "seeds": len(both),
+            }
+        )
     return pd.DataFrame(rows)

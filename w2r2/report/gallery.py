@@ -22,77 +22,103 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
 from ..metrics.accuracy import overlaps
-from ..study.diagnose import PASSES, attention_figure, attention_maps
 from ..model.features import Queries
 from .figures import styled
 from ..scans.pictures import broken_line, projected_edges, scan_figure
-from ..study.predict import answer
 from ..scans.scan import Scan
+from ..study.diagnose import PASSES, attention_figure, attention_maps
+from ..study.predict import answer
 
 # %% ../../nbs/report/07_gallery.ipynb #05403077
 def choose(
     queries: Queries,
     scenes: int = 3,
-    each: int = 3,      # objects in a scene
-) -> np.ndarray:        # rows of `queries`
+    each: int = 3,  # objects in a scene
+) -> np.ndarray:  # rows of `queries`
     "Descriptions to show; fewer where a scene has fewer objects."
     seen = np.flatnonzero((queries.task == 0) & (queries.view >= 0) & (queries.scene < scenes))
-    table = pd.DataFrame({"scene": queries.scene[seen], "object": queries.objects[seen], "row": seen}).drop_duplicates(["scene", "object"])
-    found = [rows["row"].to_numpy()[np.unique((np.arange(each) + 0.5) * len(rows) / each).astype(int)] for _, rows in table.groupby("scene")]
+    table = pd.DataFrame({"scene": queries.scene[seen], "object": queries.objects[seen], "row": seen}).drop_duplicates(
+        ["scene", "object"]
+    )
+    found = [
+        rows["row"].to_numpy()[np.unique((np.arange(each) + 0.5) * len(rows) / each).astype(int)]
+        for _, rows in table.groupby("scene")
+    ]
     return np.unique(np.concatenate(found))
 
 # %% ../../nbs/report/07_gallery.ipynb #1d89f3a3
 @dataclass(frozen=True)
 class Example:
     "A description, the object that it means, and the boxes that models answer with."
+
     scene_id: str
-    number: int          # of the query in its split
+    number: int  # of the query in its split
     text: str
-    name: str            # of the object
-    view: int            # that shows the object best
-    truth: np.ndarray    # (6,) in the scan frame [m]
-    boxes: dict[str, dict[str, np.ndarray]]   # arm -> pass -> (6,) [m], NaN where there is none
+    name: str  # of the object
+    view: int  # that shows the object best
+    truth: np.ndarray  # (6,) in the scan frame [m]
+    boxes: dict[str, dict[str, np.ndarray]]  # arm -> pass -> (6,) [m], NaN where there is none
 
     def overlap(self, arm: str) -> dict[str, float]:
         "IoU of the answers of a model with the truth."
-        return dict(zip(self.boxes[arm], overlaps(list(self.boxes[arm].values()), [self.truth] * len(self.boxes[arm])).tolist()))
+        return dict(
+            zip(self.boxes[arm], overlaps(list(self.boxes[arm].values()), [self.truth] * len(self.boxes[arm])).tolist())
+        )
 
 
 def examples(
-    models: dict[str, tuple],   # arm -> model, tokenizer, packer: as from `w2r2.model.checkpoint.load`
-    scenes: Sequence[dict],     # of `w2r2.model.scenes`, with ScanRefer queries only
-    records: dict[int, dict],   # number of a query -> its ScanRefer record
-    passes: Sequence[str] = ("fused", "2d"),   # of `w2r2.study.diagnose.PASSES`
-) -> list[Example]:             # in the order of the split
+    models: dict[str, tuple],  # arm -> model, tokenizer, packer: as from `w2r2.model.checkpoint.load`
+    scenes: Sequence[dict],  # of `w2r2.model.scenes`, with ScanRefer queries only
+    records: dict[int, dict],  # number of a query -> its ScanRefer record
+    passes: Sequence[str] = ("fused", "2d"),  # of `w2r2.study.diagnose.PASSES`
+) -> list[Example]:  # in the order of the split
     "What every model answers, with the geometry and without."
-    said = {arm: {name: answer(model, scenes, packer, tokenizer, PASSES[name]).boxes for name in passes} for arm, (model, tokenizer, packer) in models.items()}
+    said = {
+        arm: {name: answer(model, scenes, packer, tokenizer, PASSES[name]).boxes for name in passes}
+        for arm, (model, tokenizer, packer) in models.items()
+    }
     found = []
     for row, query in enumerate(query for scene in scenes for query in scene["queries"]):
         record = records[query["number"]]
         boxes = {arm: {name: values[row] for name, values in both.items()} for arm, both in said.items()}
-        found.append(Example(record["scene_id"], query["number"], record["description"], record["object_name"].replace("_", " "), query["view"], np.asarray(query["box"]), boxes))
+        found.append(
+            Example(
+                record["scene_id"],
+                query["number"],
+                record["description"],
+                record["object_name"].replace("_", " "),
+                query["view"],
+                np.asarray(query["box"]),
+                boxes,
+            )
+        )
     return sorted(found, key=lambda example: example.number)
 
 # %% ../../nbs/report/07_gallery.ipynb #1457ff46
-LINES = {"truth": {"color": "#000000", "linestyle": "-", "linewidth": 1.6}, "fused": {"color": "#e67e22", "linestyle": "--", "linewidth": 1.8},
-         "2d": {"color": "#1b4f72", "linestyle": (0, (0.01, 2)), "linewidth": 2.3, "dash_capstyle": "round"}}
-DASHES = {"truth": "solid", "fused": "dash", "2d": "dot"}      # the same for plotly
+LINES = {
+    "truth": {"color": "#000000", "linestyle": "-", "linewidth": 1.6},
+    "fused": {"color": "#e67e22", "linestyle": "--", "linewidth": 1.8},
+    "2d": {"color": "#1b4f72", "linestyle": (0, (0.01, 2)), "linewidth": 2.3, "dash_capstyle": "round"},
+}
+DASHES = {"truth": "solid", "fused": "dash", "2d": "dot"}  # the same for plotly
 HALO = [withStroke(linewidth=3.6, foreground="white")]
-OBJECTS, CAMERA = {"facecolor": "0.9", "edgecolor": "0.7", "linewidth": 0.5}, "0.35"      # of the plan
+OBJECTS, CAMERA = {"facecolor": "0.9", "edgecolor": "0.7", "linewidth": 0.5}, "0.35"  # of the plan
 
 
 def draw_view(
     axis: Axes,
-    image: np.ndarray,      # (H, W, 3) uint8
+    image: np.ndarray,  # (H, W, 3) uint8
     intrinsic: np.ndarray,  # (4, 4) [pixels]
-    pose: np.ndarray,       # (4, 4) camera-to-scan
-    boxes: dict[str, np.ndarray],   # name in LINES -> (6,) [m]
+    pose: np.ndarray,  # (4, 4) camera-to-scan
+    boxes: dict[str, np.ndarray],  # name in LINES -> (6,) [m]
 ):
     "Boxes in the view of a camera."
     axis.imshow(image, interpolation="none")
     for name, box in boxes.items():
         segments = projected_edges(box, intrinsic, pose)
-        joined = np.flatnonzero((segments[1:, 0] == segments[:-1, 1]).all(1))       # dashes run on where one segment goes on from another
+        joined = np.flatnonzero(
+            (segments[1:, 0] == segments[:-1, 1]).all(1)
+        )  # dashes run on where one segment goes on from another
         axis.plot(*np.delete(broken_line(segments), 3 * joined + 2, axis=0).T, path_effects=HALO, **LINES[name])
     axis.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
     axis.axis("off")
@@ -100,16 +126,22 @@ def draw_view(
 
 def draw_plan(
     axis: Axes,
-    around: np.ndarray,     # (n, 6) boxes of all objects [m]
-    pose: np.ndarray,       # (4, 4) of the camera, drawn as an arrow
-    boxes: dict[str, np.ndarray],   # name in LINES -> (6,) [m]
+    around: np.ndarray,  # (n, 6) boxes of all objects [m]
+    pose: np.ndarray,  # (4, 4) of the camera, drawn as an arrow
+    boxes: dict[str, np.ndarray],  # name in LINES -> (6,) [m]
 ):
     "Boxes seen from above."
-    for box in around: axis.add_patch(Rectangle(box[:2] - box[3:5] / 2, *box[3:5], **OBJECTS))
+    for box in around:
+        axis.add_patch(Rectangle(box[:2] - box[3:5] / 2, *box[3:5], **OBJECTS))
     for name, box in boxes.items():
         (left, low), (right, high) = box[:2] - box[3:5] / 2, box[:2] + box[3:5] / 2
         axis.plot([left, right, right, left, left], [low, low, high, high, low], path_effects=HALO, **LINES[name])
-    axis.annotate("", pose[:2, 3] + 0.7 * pose[:2, 2], pose[:2, 3], arrowprops={"arrowstyle": "-|>", "color": CAMERA, "linewidth": 1})
+    axis.annotate(
+        "",
+        pose[:2, 3] + 0.7 * pose[:2, 2],
+        pose[:2, 3],
+        arrowprops={"arrowstyle": "-|>", "color": CAMERA, "linewidth": 1},
+    )
     axis.set(aspect="equal", xlabel="x [m]", ylabel="y [m]")
     axis.autoscale_view()
     axis.grid(False)
@@ -117,69 +149,108 @@ def draw_plan(
 
 @styled
 def sheet(
-    examples: list[Example],         # of one scene
-    views: dict[str, np.ndarray],    # of the scene, as from `w2r2.scans.prepared.prepare_scan`
-    around: np.ndarray,              # (n, 6) boxes of all objects [m]
+    examples: list[Example],  # of one scene
+    views: dict[str, np.ndarray],  # of the scene, as from `w2r2.scans.prepared.prepare_scan`
+    around: np.ndarray,  # (n, 6) boxes of all objects [m]
 ) -> Figure:
     "A row for each description, and in it for each model the best view and the plan."
     arms = list(examples[0].boxes)
     figure = plt.figure(figsize=(4.6 * len(arms), 2.5 * len(examples) + 0.4))
     figure.get_layout_engine().set(h_pad=0.1)
     for part, example in zip(figure.subfigures(len(examples), 1, squeeze=False)[:, 0], examples):
-        part.suptitle(textwrap.fill(f"{example.scene_id}, {example.name}: “{example.text}”", 55 * len(arms)), fontsize=8)
+        part.suptitle(
+            textwrap.fill(f"{example.scene_id}, {example.name}: “{example.text}”", 55 * len(arms)), fontsize=8
+        )
         for arm, (left, right) in zip(arms, part.subplots(1, 2 * len(arms)).reshape(-1, 2)):
             boxes = {"truth": example.truth} | example.boxes[arm]
             draw_view(left, views["color"][example.view], views["intrinsic_color"], views["poses"][example.view], boxes)
             draw_plan(right, around, views["poses"][example.view], boxes)
             left.set_title(f"{arm}, view {example.view}", fontsize=8)
-            right.set_title("IoU: " + ", ".join(f"{name} {value:.2f}" for name, value in example.overlap(arm).items()), fontsize=7)
-    marks = {name: Line2D([], [], **LINES[name]) for name in boxes} | {"objects of the room": Patch(**OBJECTS), "camera of the view": Line2D([], [], color=CAMERA, marker=">", markevery=[-1])}
+            right.set_title(
+                "IoU: " + ", ".join(f"{name} {value:.2f}" for name, value in example.overlap(arm).items()), fontsize=7
+            )
+    marks = {name: Line2D([], [], **LINES[name]) for name in boxes} | {
+        "objects of the room": Patch(**OBJECTS),
+        "camera of the view": Line2D([], [], color=CAMERA, marker=">", markevery=[-1]),
+    }
     figure.legend(marks.values(), marks, loc="outside lower center", ncols=len(marks))
     return figure
 
 # %% ../../nbs/report/07_gallery.ipynb #0fab98e0
 def page(
-    examples: list[Example],   # of one scene
+    examples: list[Example],  # of one scene
     scan: Scan,
-    poses: np.ndarray,         # (V, 4, 4) camera-to-scan of the views that the models see
+    poses: np.ndarray,  # (V, 4, 4) camera-to-scan of the views that the models see
 ) -> go.Figure:
     "An interactive view of a scene with the answers."
     boxes, names, texts, colors = [], [], [], []
-    shown = [(example, arm, {"truth": example.truth} | example.boxes[arm]) for example in examples for arm in example.boxes]
+    shown = [
+        (example, arm, {"truth": example.truth} | example.boxes[arm]) for example in examples for arm in example.boxes
+    ]
     for example, arm, these in shown:
-        said = {"truth": f"the {example.name}"} | {name: f"{arm}, {name}: IoU {value:.2f}" for name, value in example.overlap(arm).items()}
+        said = {"truth": f"the {example.name}"} | {
+            name: f"{arm}, {name}: IoU {value:.2f}" for name, value in example.overlap(arm).items()
+        }
         for name, box in these.items():
             boxes.append(box), names.append(name), colors.append(LINES[name]["color"])
             texts.append("<br>".join([said[name], *textwrap.wrap(example.text, 50)]))
     figure = scan_figure(scan, poses, boxes=boxes, names=names, texts=texts, line_colors=colors)
-    for trace, name in zip(figure.data[1:-1:2], names): trace.line.dash = DASHES[name]
-    owner = np.repeat(np.arange(len(shown)), [2 * len(these) for *_, these in shown])      # a box is two traces: its edges and its middle
-    def visible(number): return [True, *(owner == number).tolist(), True]
+    for trace, name in zip(figure.data[1:-1:2], names):
+        trace.line.dash = DASHES[name]
+    owner = np.repeat(
+        np.arange(len(shown)), [2 * len(these) for *_, these in shown]
+    )  # a box is two traces: its edges and its middle
+
+    def visible(number):
+        return [True, *(owner == number).tolist(), True]
+
     titles = ["<br>".join(textwrap.wrap(f"{example.scene_id}: “{example.text}”", 70)) for example, *_ in shown]
-    buttons = [{"label": f"{example.name}, {arm}", "method": "update", "args": [{"visible": visible(number)}, {"title.text": titles[number]}]} for number, (example, arm, _) in enumerate(shown)]
-    for trace, seen in zip(figure.data, visible(0)): trace.visible = seen
-    return figure.update_layout(title={"text": titles[0], "font": {"size": 13}, "x": 0.02, "y": 0.98, "yanchor": "top"}, margin={"t": 90}, legend={"orientation": "h", "y": 0},
-                                scene_camera={"eye": {"x": 0.82, "y": 0.82, "z": 2.0}},      # steep enough to see over the walls
-                                updatemenus=[{"buttons": buttons, "x": 0, "y": 1, "xanchor": "left", "yanchor": "top"}])
+    buttons = [
+        {
+            "label": f"{example.name}, {arm}",
+            "method": "update",
+            "args": [{"visible": visible(number)}, {"title.text": titles[number]}],
+        }
+        for number, (example, arm, _) in enumerate(shown)
+    ]
+    for trace, seen in zip(figure.data, visible(0)):
+        trace.visible = seen
+    return figure.update_layout(
+        title={"text": titles[0], "font": {"size": 13}, "x": 0.02, "y": 0.98, "yanchor": "top"},
+        margin={"t": 90},
+        legend={"orientation": "h", "y": 0},
+        scene_camera={"eye": {"x": 0.82, "y": 0.82, "z": 2.0}},  # steep enough to see over the walls
+        updatemenus=[{"buttons": buttons, "x": 0, "y": 1, "xanchor": "left", "yanchor": "top"}],
+    )
 
 # %% ../../nbs/report/07_gallery.ipynb #07a57ef1
 @styled
 def anchors(
     example: Example,
-    models: dict[str, tuple],      # arm -> model, tokenizer, packer
-    scenes: Sequence[dict],        # of `w2r2.model.scenes`; one of them asks for the example
+    models: dict[str, tuple],  # arm -> model, tokenizer, packer
+    scenes: Sequence[dict],  # of `w2r2.model.scenes`; one of them asks for the example
     views: dict[str, np.ndarray],  # of the scene
-    layer: int,                    # of the decoder, counted from 1, as in `w2r2.study.latent`
-    full: float = 4,               # attention that is lit fully, in even spreads
+    layer: int,  # of the decoder, counted from 1, as in `w2r2.study.latent`
+    full: float = 4,  # attention that is lit fully, in even spreads
 ) -> Figure:
     "Where the answers to a description look."
     scene = next(scene for scene in scenes if any(query["number"] == example.number for query in scene["queries"]))
     asked = scene | {"queries": [query for query in scene["queries"] if query["number"] == example.number]}
-    maps = {f"{arm}, {name}": values[0] for arm, (model, _, packer) in models.items() for name, values in attention_maps(model, asked, packer, layer - 1).items()}
+    maps = {
+        f"{arm}, {name}": values[0]
+        for arm, (model, _, packer) in models.items()
+        for name, values in attention_maps(model, asked, packer, layer - 1).items()
+    }
     light = {name: np.sqrt(np.minimum(values, full)) for name, values in maps.items()}
-    figure = attention_figure(light, views["color"], views["poses"], views["intrinsic_color"], example.truth, example.name)
+    figure = attention_figure(
+        light, views["color"], views["poses"], views["intrinsic_color"], example.truth, example.name
+    )
     for row, (name, values) in zip(np.array(figure.axes).reshape(len(maps), -1), maps.items()):
         row[0].text(-0.03, 0.5, name, rotation=90, ha="right", va="center", fontsize=8, transform=row[0].transAxes)
-        for view, (axis, seen) in enumerate(zip(row, values)): axis.set_title(f"view {view}: up to {np.nanmax(seen, initial=0):.1f} × even", fontsize=8, pad=2)
-    figure.suptitle(f"{example.scene_id}, layer {layer}: “{example.text}”\nbrightness: root of the attention, full from {full:g} × an even spread; darkest: not shown to the model", fontsize=9)
+        for view, (axis, seen) in enumerate(zip(row, values)):
+            axis.set_title(f"view {view}: up to {np.nanmax(seen, initial=0):.1f} × even", fontsize=8, pad=2)
+    figure.suptitle(
+        f"{example.scene_id}, layer {layer}: “{example.text}”\nbrightness: root of the attention, full from {full:g} × an even spread; darkest: not shown to the model",
+        fontsize=9,
+    )
     return figure

@@ -32,25 +32,32 @@ GLOSSARY = {
         "intervention and counterfactual": "both at once",
         "disturbance": "control: as intervention, but the target stays where it was",
         "2D dropout": "control: a share of the training scenes is shown without 2D features",
-        "3D dropout": "control: a share of the training scenes is shown without geometry"},
+        "3D dropout": "control: a share of the training scenes is shown without geometry",
+    },
     "floor": {
         "random box": "a box of random size, as the class has in training, at a random place in the scene",
         "mean box of the class": "always the mean training box of the class",
         "random proposal": "any proposal of the scene",
         "largest proposal": "the proposal of largest volume",
-        "answer to the first words": "the most frequent training answer to questions that begin with the same two words"},
+        "answer to the first words": "the most frequent training answer to questions that begin with the same two words",
+    },
     "input": {
         "2D + 3D": "the fused pass: images and geometry",
         "only 2D": "the shortcut pass: the same model without its geometry",
         "only 3D": "the same model without its images",
-        "language only": "the same model with neither"},
+        "language only": "the same model with neither",
+    },
     "split": {
         "test": "drawn as the training scenes are",
-        "test_wide": "a wider lens", "test_tele": "a longer lens",
-        "test_low": "a lower camera, looking down less", "test_high": "a higher camera, looking down more",
-        "test_small": "smaller furniture", "test_large": "larger furniture",
+        "test_wide": "a wider lens",
+        "test_tele": "a longer lens",
+        "test_low": "a lower camera, looking down less",
+        "test_high": "a higher camera, looking down more",
+        "test_small": "smaller furniture",
+        "test_large": "larger furniture",
         "test_clutter": "more objects, more of them small or of a class that is there already",
-        "test_outdoor": "outdoor places only, and more objects and clutter"},
+        "test_outdoor": "outdoor places only, and more objects and clutter",
+    },
     "number": {
         "Acc@0.25, Acc@0.5": "share of ScanRefer descriptions whose box has at least this IoU with the true box [%]",
         "BLEU-4, CIDEr": "Scan2Cap captions against the references, times 100. The true box is given, so no object is missed and the IoU threshold in the metric's name does nothing",
@@ -61,39 +68,59 @@ GLOSSARY = {
         "centroid 2D, centroid 3D": "distance between the centres of these clouds of tokens, in units of their spread: 0 = same place",
         "mixing 2D, mixing 3D": "share of nearest neighbours from the other cloud, over one half: 1 = as chance mixes them, 0 = apart",
         "activation": "share of the training queries on which the hinge of Eq. 6 is not zero",
-        "of rival, minus rival": "mean of the arm in column against, and the paired difference from it: the same scenes, and the seeds that both have"},
+        "of rival, minus rival": "mean of the arm in column against, and the paired difference from it: the same scenes, and the seeds that both have",
+    },
     "mark": {
         "[low, high]": "95 % interval over scenes and seeds, or over scenes where there is one seed, cut to what the number can be",
         "†": "interval over seeds only (Student's t)",
         "‡": "interval over records only (Wilson)",
         "no brackets": "no interval: fewer than three seeds, of a number that is no mean over scenes; or a mean of other numbers",
-        "–": "not measured, or without meaning"},
+        "–": "not measured, or without meaning",
+    },
     "dial": {
         "noise": "error of the geometry that the model is shown, in training and at test: 0 = sensor depth; more stands in for reconstructed geometry",
-        "refined": "\"by sensor depth\": each box is replaced by the proposal that overlaps it most. Proposals are made from sensor depth without noise, so these rows use clean 3D whatever their input and noise",
+        "refined": '"by sensor depth": each box is replaced by the proposal that overlaps it most. Proposals are made from sensor depth without noise, so these rows use clean 3D whatever their input and noise',
         "lam": "weight of Eq. 6 in the loss",
         "mu": "margin of Eq. 6: a similarity below it costs nothing",
         "steps": "of fine-tuning; an arm with times has as many times the steps",
         "push_every": "Eq. 6 acts on one scene in so many and counts as many times there: the same on average for less compute",
         "per_device_train_batch_size": "scenes in a training step",
-        "seeds": "runs that a number is the mean of"}}
+        "seeds": "runs that a number is the mean of",
+    },
+}
 
 # %% ../../nbs/report/01_glossary.ipynb #a78028e5
 def _setting(values: dict) -> str:
     "Names and values as text."
-    return "; ".join(f"{name} {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}" for name, value in values.items())
+    return "; ".join(
+        f"{name} {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}"
+        for name, value in values.items()
+    )
+
 
 def glossary(
-    params: dict,    # params.yaml
-    recipe: dict,    # data/recipes/splits.yaml
-) -> pd.DataFrame:   # kind, term, meaning, setting
+    params: dict,  # params.yaml
+    recipe: dict,  # data/recipes/splits.yaml
+) -> pd.DataFrame:  # kind, term, meaning, setting
     "Every term with its setting, empty where it has none; raises `ValueError` for an arm of the parameters that has no entry."
     arms, dials, base = params["train"]["arms"], params["w2r2"], recipe["base"]
-    if unknown := set(arms) - set(GLOSSARY["arm"]): raise ValueError(f"glossary: no entry for {', '.join(sorted(unknown))}")
-    changed = {name: {key: value for key, value in split.items() if key in base} for name, split in recipe["splits"].items()}
-    usual = {key: base[key] for split in GLOSSARY["split"] for key in changed[split]}     # of the test split: what the others change
-    settings = {"arm": {name: _setting(own) for name, own in arms.items()},
-                "split": {name: _setting(usual if name == "test" else own) for name, own in changed.items()},
-                "dial": {name: str(value) for name, value in (dials | {"noise": params["encode"]["noises"]}).items()}}
-    return pd.DataFrame([{"kind": kind, "term": term, "meaning": meaning, "setting": settings.get(kind, {}).get(term, "")}
-                         for kind, terms in GLOSSARY.items() for term, meaning in terms.items()])
+    if unknown := set(arms) - set(GLOSSARY["arm"]):
+        raise ValueError(f"glossary: no entry for {', '.join(sorted(unknown))}")
+    changed = {
+        name: {key: value for key, value in split.items() if key in base} for name, split in recipe["splits"].items()
+    }
+    usual = {
+        key: base[key] for split in GLOSSARY["split"] for key in changed[split]
+    }  # of the test split: what the others change
+    settings = {
+        "arm": {name: _setting(own) for name, own in arms.items()},
+        "split": {name: _setting(usual if name == "test" else own) for name, own in changed.items()},
+        "dial": {name: str(value) for name, value in (dials | {"noise": params["encode"]["noises"]}).items()},
+    }
+    return pd.DataFrame(
+        [
+            {"kind": kind, "term": term, "meaning": meaning, "setting": settings.get(kind, {}).get(term, "")}
+            for kind, terms in GLOSSARY.items()
+            for term, meaning in terms.items()
+        ]
+    )

@@ -15,51 +15,139 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from ..scans.files import ScanNetError, regular_file
 from ..metrics.statistics import Difference, bootstrap, paired_difference, wilson
+from ..scans.files import ScanNetError, regular_file
 
 # %% ../../nbs/report/00_results.ipynb #c827b332
 CELL = ["arm", "noise", "lam", "mu", "steps", "split", "task", "metric", "protocol", "proposals", "pass"]
 COLUMNS = ["arm", "seed", *CELL[1:], "n", "value"]
 
+
 def read_results(
     path: str | Path,  # csv with COLUMNS; lam, mu, steps, noise stay empty where they mean nothing
 ) -> pd.DataFrame:
     "The results of all runs; `ScanNetError` for a missing column, a value that is no number, or a number given twice."
-    frame = pd.read_csv(regular_file(path), keep_default_na=False, na_values={c: [""] for c in ("noise", "lam", "mu", "steps", "seed", "n", "value")}, float_precision="round_trip")
+    frame = pd.read_csv(
+        regular_file(path),
+        keep_default_na=False,
+        na_values={c: [""] for c in ("noise", "lam", "mu", "steps", "seed", "n", "value")},
+        float_precision="round_trip",
+    )
     remedy = "Write the file again with the evaluate stage"
-    if missing := [c for c in COLUMNS if c not in frame]: raise ScanNetError(path, "header", f"lacks {', '.join(missing)}", remedy)
+    if missing := [c for c in COLUMNS if c not in frame]:
+        raise ScanNetError(path, "header", f"lacks {', '.join(missing)}", remedy)
     numbers = pd.to_numeric(frame.value, errors="coerce")
-    if (bad := ~np.isfinite(numbers)).any(): raise ScanNetError(path, f"row {bad.idxmax() + 1}", f"value {frame.value[bad.idxmax()]!r} is no finite number", remedy)
-    if (twice := frame.duplicated([*CELL, "seed"])).any(): raise ScanNetError(path, f"row {twice.idxmax() + 1}", "gives a number that an earlier row gives", remedy)
+    if (bad := ~np.isfinite(numbers)).any():
+        raise ScanNetError(
+            path, f"row {bad.idxmax() + 1}", f"value {frame.value[bad.idxmax()]!r} is no finite number", remedy
+        )
+    if (twice := frame.duplicated([*CELL, "seed"])).any():
+        raise ScanNetError(path, f"row {twice.idxmax() + 1}", "gives a number that an earlier row gives", remedy)
     return frame.assign(value=numbers)[COLUMNS]
 
 # %% ../../nbs/report/00_results.ipynb #8fb50d27
 def invented(
-    seed: int = 0,   # of the generator
+    seed: int = 0,  # of the generator
 ) -> pd.DataFrame:
     "Random numbers in the shape of an experiment's results, for examples and tests only."
     rng, rows = np.random.default_rng(seed), []
-    arms = [("plain", np.nan, np.nan), *[("direct", lam, .7) for lam in (.1, .5, 1., 1.5, 2.)], *[("direct", 1.5, mu) for mu in (.1, .3, .5, .9)], ("intervention", np.nan, np.nan)]
+    arms = [
+        ("plain", np.nan, np.nan),
+        *[("direct", lam, 0.7) for lam in (0.1, 0.5, 1.0, 1.5, 2.0)],
+        *[("direct", 1.5, mu) for mu in (0.1, 0.3, 0.5, 0.9)],
+        ("intervention", np.nan, np.nan),
+    ]
     splits = ["test", "test_wide", "test_tele", "test_clutter", "test_outdoor"]
-    passes = {"fused": .4, "2d": .2, "3d": .1, "language": .05}
-    metrics = [("scanrefer", "Acc@0.25", "scanrefer", 1.), ("scanrefer", "Acc@0.5", "scanrefer", .4), ("scan2cap", "BLEU-4@0.5", "scan2cap", .8),
-               ("scan2cap", "CIDEr@0.5", "scan2cap", 1.1), ("scanqa", "EM@1", "video3dllm", .9)]
+    passes = {"fused": 0.4, "2d": 0.2, "3d": 0.1, "language": 0.05}
+    metrics = [
+        ("scanrefer", "Acc@0.25", "scanrefer", 1.0),
+        ("scanrefer", "Acc@0.5", "scanrefer", 0.4),
+        ("scan2cap", "BLEU-4@0.5", "scan2cap", 0.8),
+        ("scan2cap", "CIDEr@0.5", "scan2cap", 1.1),
+        ("scanqa", "EM@1", "video3dllm", 0.9),
+    ]
     for arm, lam, mu in arms:
-        gain = rng.normal(0, .03)
-        for run, split, (name, level), (task, metric, protocol, scale) in product(range(3), splits, passes.items(), metrics):
-            if split != "test" and (task != "scanrefer" or name != "fused"): continue
-            rows.append([arm, run, .25, lam, mu, 300, split, task, metric, protocol, "no", name, 1000, scale * (level + gain + rng.normal(0, .01))])
-        for run, (metric, value) in product(range(3), {"following slope": .4, "CKA 2D": .8, "CKA 3D": .2, "centroid 2D": 4., "centroid 3D": 18., "activation": .02, "activation scanrefer": .03}.items()):
+        gain = rng.normal(0, 0.03)
+        for run, split, (name, level), (task, metric, protocol, scale) in product(
+            range(3), splits, passes.items(), metrics
+        ):
+            if split != "test" and (task != "scanrefer" or name != "fused"):
+                continue
+            rows.append(
+                [
+                    arm,
+                    run,
+                    0.25,
+                    lam,
+                    mu,
+                    300,
+                    split,
+                    task,
+                    metric,
+                    protocol,
+                    "no",
+                    name,
+                    1000,
+                    scale * (level + gain + rng.normal(0, 0.01)),
+                ]
+            )
+        for run, (metric, value) in product(
+            range(3),
+            {
+                "following slope": 0.4,
+                "CKA 2D": 0.8,
+                "CKA 3D": 0.2,
+                "centroid 2D": 4.0,
+                "centroid 3D": 18.0,
+                "activation": 0.02,
+                "activation scanrefer": 0.03,
+            }.items(),
+        ):
             task = "training" if metric.startswith("activation") else "diagnosis"
-            rows.append([arm, run, .25, lam, mu, 300, "test", task, metric, "w2r2", "no", "fused", 150, value * (1 + rng.normal(0, .05))])
-    rows += [["random box", 0, .25, np.nan, np.nan, np.nan, "test", "scanrefer", metric, "scanrefer", "no", "floor", 1000, value] for metric, value in (("Acc@0.25", .02), ("Acc@0.5", .003))]
+            rows.append(
+                [
+                    arm,
+                    run,
+                    0.25,
+                    lam,
+                    mu,
+                    300,
+                    "test",
+                    task,
+                    metric,
+                    "w2r2",
+                    "no",
+                    "fused",
+                    150,
+                    value * (1 + rng.normal(0, 0.05)),
+                ]
+            )
+    rows += [
+        [
+            "random box",
+            0,
+            0.25,
+            np.nan,
+            np.nan,
+            np.nan,
+            "test",
+            "scanrefer",
+            metric,
+            "scanrefer",
+            "no",
+            "floor",
+            1000,
+            value,
+        ]
+        for metric, value in (("Acc@0.25", 0.02), ("Acc@0.5", 0.003))
+    ]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 # %% ../../nbs/report/00_results.ipynb #1f43066b
 def cell_key(row) -> tuple:
     "The cell of a row, as a key: empty dials as None."
     return tuple(None if pd.isna(row[c]) else row[c] for c in CELL)
+
 
 def read_scores(
     folder: str | Path,  # of all runs; each keeps a scores.json somewhere below it
@@ -70,10 +158,19 @@ def read_scores(
         content = json.loads(path.read_text())
         try:
             for figure in content["figures"]:
-                if "scenes" not in figure: continue    # a figure that is no mean of records
-                rows = pd.DataFrame({"scene": figure["scenes"], "seed": content["run"]["seed"], "sum": figure["sum"], "count": figure["count"]})
+                if "scenes" not in figure:
+                    continue  # a figure that is no mean of records
+                rows = pd.DataFrame(
+                    {
+                        "scene": figure["scenes"],
+                        "seed": content["run"]["seed"],
+                        "sum": figure["sum"],
+                        "count": figure["count"],
+                    }
+                )
                 parts.setdefault(cell_key(dict.fromkeys(CELL) | content["run"] | figure), []).append(rows)
-        except (KeyError, ValueError) as error: raise ScanNetError(path, "file", f"is no record of scores ({error!r})", "Run the arm again") from None
+        except (KeyError, ValueError) as error:
+            raise ScanNetError(path, "file", f"is no record of scores ({error!r})", "Run the arm again") from None
     return {key: pd.concat(frames, ignore_index=True) for key, frames in parts.items()}
 
 # %% ../../nbs/report/00_results.ipynb #9aed998e
@@ -84,8 +181,13 @@ def select(
     "The rows that fit; `ValueError` for a column that does not exist."
     keep = pd.Series(True, results.index)
     for column, wanted in where.items():
-        if column not in results: raise ValueError(f"no column {column!r} in the results; there are {', '.join(results)}")
-        keep &= results[column].isna() if wanted is None else results[column].isin(wanted if isinstance(wanted, list) else [wanted])
+        if column not in results:
+            raise ValueError(f"no column {column!r} in the results; there are {', '.join(results)}")
+        keep &= (
+            results[column].isna()
+            if wanted is None
+            else results[column].isin(wanted if isinstance(wanted, list) else [wanted])
+        )
     return results[keep]
 
 # %% ../../nbs/report/00_results.ipynb #4e155b0d
@@ -93,9 +195,10 @@ def ratio(sums: np.ndarray) -> np.ndarray:
     "(..., 2) sum and count -> mean."
     return sums[..., 0] / sums[..., 1]
 
+
 def interval(
-    rows: pd.DataFrame,          # one cell: a row for each seed
-    scores: pd.DataFrame = None, # its contributions per scene
+    rows: pd.DataFrame,  # one cell: a row for each seed
+    scores: pd.DataFrame = None,  # its contributions per scene
     resamples: int = 2000,
 ) -> tuple:  # low, high, what the interval is over
     "The 95 % interval of a cell's mean."
@@ -105,57 +208,100 @@ def interval(
         by_seed = chosen.groupby("seed")[["sum", "count"]].sum()
         if not np.allclose(by_seed["sum"] / by_seed["count"], rows.set_index("seed").value[by_seed.index], atol=1e-4):
             raise ValueError(f"results and scores are not of the same runs: {rows.iloc[0][CELL].to_dict()}")
-        drawn = bootstrap(chosen[["sum", "count"]].to_numpy(float), chosen.scene.to_numpy(), chosen.seed.to_numpy() if seeds > 1 else None, ratio, resamples)
+        drawn = bootstrap(
+            chosen[["sum", "count"]].to_numpy(float),
+            chosen.scene.to_numpy(),
+            chosen.seed.to_numpy() if seeds > 1 else None,
+            ratio,
+            resamples,
+        )
         return drawn.low, drawn.high, "scenes and seeds" if seeds > 1 else "scenes"
     if seeds > 2:
-        half = student.ppf(.975, seeds - 1) * rows.value.std(ddof=1) / np.sqrt(seeds)
+        half = student.ppf(0.975, seeds - 1) * rows.value.std(ddof=1) / np.sqrt(seeds)
         return mean - half, mean + half, "seeds"
     if rows.metric.iloc[0].startswith(("Acc", "EM")):
         share = wilson(round(mean * rows.n.iloc[0]), rows.n.iloc[0])
         return share.low, share.high, "records"
     return np.nan, np.nan, "none"
 
+
 def cells(
     results: pd.DataFrame,
-    scores: dict = {},   # from `read_scores`
-) -> pd.DataFrame:       # CELL, n, seeds, value, low, high, interval
+    scores: dict = {},  # from `read_scores`
+) -> pd.DataFrame:  # CELL, n, seeds, value, low, high, interval
     "One row for each cell: the mean over its seeds with its interval."
     found = []
     for _, rows in results.groupby(CELL, dropna=False, sort=False):
         low, high, over = interval(rows, scores.get(cell_key(rows.iloc[0])))
-        found.append({**rows.iloc[0][CELL], "n": int(rows.n.max()), "seeds": len(rows), "value": rows.value.mean(), "low": low, "high": high, "interval": over})
+        found.append(
+            {
+                **rows.iloc[0][CELL],
+                "n": int(rows.n.max()),
+                "seeds": len(rows),
+                "value": rows.value.mean(),
+                "low": low,
+                "high": high,
+                "interval": over,
+            }
+        )
     return pd.DataFrame(found, columns=[*CELL, "n", "seeds", "value", "low", "high", "interval"])
 
 # %% ../../nbs/report/00_results.ipynb #3b671e8c
 PAIRED = ["noise", "split", "task", "metric", "protocol", "proposals", "pass"]
 
+
 def contrast(
     results: pd.DataFrame,  # chosen so that task, metric and so on are what the comparison is about
-    a: dict,                # choice of the first side, as in `select`
-    b: dict,                # choice of the second side
-    scores: dict = {},      # from `read_scores`
+    a: dict,  # choice of the first side, as in `select`
+    b: dict,  # choice of the second side
+    scores: dict = {},  # from `read_scores`
     resamples: int = 2000,
-) -> Difference | None:     # None where there is no pair; no interval from fewer than three pairs without scores
+) -> Difference | None:  # None where there is no pair; no interval from fewer than three pairs without scores
     "Mean of a - b over pairs, with a 95 % interval over scenes and seeds where scores are at hand, else over seeds."
     first, second = select(results, **a), select(results, **b)
     on = [c for c in PAIRED if c not in a and c not in b]
-    if "seed" not in a and "seed" not in b and "floor" not in {*first["pass"], *second["pass"]}: on = ["seed", *on]
+    if "seed" not in a and "seed" not in b and "floor" not in {*first["pass"], *second["pass"]}:
+        on = ["seed", *on]
     pairs = first.merge(second, on=on, suffixes=("", "_b"))
-    if pairs.empty: return None
-    sides = [[scores.get(cell_key(row)) for row in side.to_dict("records")] for side in
-             (pairs, pairs[[c for c in pairs if c in on or c.endswith("_b")]].rename(columns=lambda c: c.removesuffix("_b")))]
+    if pairs.empty:
+        return None
+    sides = [
+        [scores.get(cell_key(row)) for row in side.to_dict("records")]
+        for side in (
+            pairs,
+            pairs[[c for c in pairs if c in on or c.endswith("_b")]].rename(columns=lambda c: c.removesuffix("_b")),
+        )
+    ]
     if all(s is not None for side in sides for s in side):
         seeds = [pairs["seed"], pairs["seed_b"] if "seed_b" in pairs else pairs["seed"]]
-        stacked = [pd.concat([s[s.seed == seed].assign(seed=i) for i, (s, seed) in enumerate(zip(side, which))]) for side, which in zip(sides, seeds)]
+        stacked = [
+            pd.concat([s[s.seed == seed].assign(seed=i) for i, (s, seed) in enumerate(zip(side, which))])
+            for side, which in zip(sides, seeds)
+        ]
         both = stacked[0].merge(stacked[1], on=["scene", "seed"], suffixes=("", "_b"), validate="one_to_one")
-        if len(both) < len(stacked[0]) or both.empty: raise ValueError(f"contrast: {a} and {b} were scored on different scenes")
-        return paired_difference(both[["sum", "count"]].to_numpy(float), both[["sum_b", "count_b"]].to_numpy(float), both.scene.to_numpy(),
-                                 both.seed.to_numpy() if len(pairs) > 1 else None, ratio, resamples)
+        if len(both) < len(stacked[0]) or both.empty:
+            raise ValueError(f"contrast: {a} and {b} were scored on different scenes")
+        return paired_difference(
+            both[["sum", "count"]].to_numpy(float),
+            both[["sum_b", "count_b"]].to_numpy(float),
+            both.scene.to_numpy(),
+            both.seed.to_numpy() if len(pairs) > 1 else None,
+            ratio,
+            resamples,
+        )
     differences = pairs.value - pairs.value_b
     mean, n, spread = differences.mean(), len(pairs), differences.std(ddof=1)
-    if n < 3: return Difference(mean, np.nan, np.nan, n, np.nan)
-    half = student.ppf(.975, n - 1) * spread / np.sqrt(n)
-    return Difference(mean, mean - half, mean + half, n, float(2 * student.sf(abs(mean) / (spread / np.sqrt(n)), n - 1)) if spread else float(mean == 0))
+    if n < 3:
+        return Difference(mean, np.nan, np.nan, n, np.nan)
+    half = student.ppf(0.975, n - 1) * spread / np.sqrt(n)
+    return Difference(
+        mean,
+        mean - half,
+        mean + half,
+        n,
+        float(2 * student.sf(abs(mean) / (spread / np.sqrt(n)), n - 1)) if spread else float(mean == 0),
+    )
+
 
 def in_points(d: Difference) -> str:
     "A difference with its interval, times 100."

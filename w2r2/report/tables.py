@@ -18,51 +18,110 @@ import pandas as pd
 from .results import cells, contrast, select
 
 # %% ../../nbs/report/02_tables.ipynb #f4ef8db6
-SHOWN = ["metric", "arm", "noise", "lam", "mu", "steps", "split", "task", "protocol", "proposals", "pass", "n", "seeds", "value", "low", "high", "interval"]
-RANGES = {"following slope": (-np.inf, np.inf), "centroid": (0, np.inf), "mixing": (0, 2), "CIDEr": (0, np.inf)}    # beginning of a metric -> what it can be; others: 0 to 1
+SHOWN = [
+    "metric",
+    "arm",
+    "noise",
+    "lam",
+    "mu",
+    "steps",
+    "split",
+    "task",
+    "protocol",
+    "proposals",
+    "pass",
+    "n",
+    "seeds",
+    "value",
+    "low",
+    "high",
+    "interval",
+]
+RANGES = {
+    "following slope": (-np.inf, np.inf),
+    "centroid": (0, np.inf),
+    "mixing": (0, 2),
+    "CIDEr": (0, np.inf),
+}  # beginning of a metric -> what it can be; others: 0 to 1
+
 
 def shown(
     figures: pd.DataFrame,  # from `w2r2.report.results.cells`
-) -> pd.DataFrame:          # SHOWN and refined
+) -> pd.DataFrame:  # SHOWN and refined
     "Benchmark figures in percent; intervals within what the number can be."
     scale = np.where(figures.task.isin(["scanrefer", "scan2cap", "scanqa"]), 100, 1)
-    least, most = np.array([next((bounds for name, bounds in RANGES.items() if metric.startswith(name)), (0, 1)) for metric in figures.metric]).reshape(-1, 2).T
-    return figures.assign(value=scale * figures.value, low=scale * figures.low.clip(least, most), high=scale * figures.high.clip(least, most),
-                          refined=np.where(figures.proposals == "yes", "by sensor depth", "no"))[[*SHOWN, "refined"]]
+    least, most = (
+        np.array(
+            [
+                next((bounds for name, bounds in RANGES.items() if metric.startswith(name)), (0, 1))
+                for metric in figures.metric
+            ]
+        )
+        .reshape(-1, 2)
+        .T
+    )
+    return figures.assign(
+        value=scale * figures.value,
+        low=scale * figures.low.clip(least, most),
+        high=scale * figures.high.clip(least, most),
+        refined=np.where(figures.proposals == "yes", "by sensor depth", "no"),
+    )[[*SHOWN, "refined"]]
 
 # %% ../../nbs/report/02_tables.ipynb #3817f149
 NOT_MEASURED = "not yet measured here"
 
+
 def measured(
     figures: pd.DataFrame,  # from `w2r2.report.results.cells`
-    **where,                # choice of cells, as in `select`
-) -> list[dict]:            # one dict for each cell found; without any, one that says so
+    **where,  # choice of cells, as in `select`
+) -> list[dict]:  # one dict for each cell found; without any, one that says so
     "The measured numbers that fit, as `shown`."
     found = select(figures, **where)
-    if found.empty: return [dict.fromkeys([*SHOWN, "refined"], np.nan) | {c: v for c, v in where.items() if not isinstance(v, list)} | {"interval": NOT_MEASURED}]
+    if found.empty:
+        return [
+            dict.fromkeys([*SHOWN, "refined"], np.nan)
+            | {c: v for c, v in where.items() if not isinstance(v, list)}
+            | {"interval": NOT_MEASURED}
+        ]
     return shown(found).to_dict("records")
 
 # %% ../../nbs/report/02_tables.ipynb #02bf0f0e
 MARKS = {"seeds": "†", "records": "‡"}
-UNITS = {"scanrefer": "descriptions", "scan2cap": "objects", "scanqa": "questions", "diagnosis": "scenes"}    # task -> what its records are
+UNITS = {
+    "scanrefer": "descriptions",
+    "scan2cap": "objects",
+    "scanqa": "questions",
+    "diagnosis": "scenes",
+}  # task -> what its records are
+
 
 def number_text(
-    row: dict,         # value, low, high; interval where that is known
+    row: dict,  # value, low, high; interval where that is known
     digits: int = 1,
 ) -> str:
     "A number with its 95 % interval, and a mark for what that is over."
-    value, low, high = (f"{number:z.{digits}f}" for number in (row["value"], row["low"], row["high"]))    # z: no minus before a zero
-    return "–" if value == "nan" else value if low == "nan" else f"{value} [{low}, {high}]{MARKS.get(row.get('interval'), '')}"
+    value, low, high = (
+        f"{number:z.{digits}f}" for number in (row["value"], row["low"], row["high"])
+    )  # z: no minus before a zero
+    return (
+        "–"
+        if value == "nan"
+        else value
+        if low == "nan"
+        else f"{value} [{low}, {high}]{MARKS.get(row.get('interval'), '')}"
+    )
+
 
 def span(
-    numbers: list,     # of records or seeds
+    numbers: list,  # of records or seeds
 ) -> str:
     "One number, or the least and the largest."
     return "–".join(dict.fromkeys(f"{number:,.0f}" for number in (min(numbers), max(numbers))))
 
+
 def source_text(
     tidy: pd.DataFrame,
-    column: str = "metric",   # whose values are told apart
+    column: str = "metric",  # whose values are told apart
 ) -> str:
     "What was measured on what: split, protocol and number of records, as one sentence."
     sources = {}
@@ -70,21 +129,29 @@ def source_text(
         first = rows.iloc[0]
         place = f"{span(rows.n)} {UNITS[first.task]}" + ("" if column == "split" else f" of {first.split}")
         sources.setdefault(f"{place}, protocol {first.protocol}", []).append(name)
-    if not sources: return "Nothing is measured here yet."
-    return "Measured on " + "; ".join(text if len(sources) == 1 else f"{', '.join(names)}: {text}" for text, names in sources.items()) + "."
+    if not sources:
+        return "Nothing is measured here yet."
+    return (
+        "Measured on "
+        + "; ".join(text if len(sources) == 1 else f"{', '.join(names)}: {text}" for text, names in sources.items())
+        + "."
+    )
 
 # %% ../../nbs/report/02_tables.ipynb #8d4e3e2a
 def _with_printed(tidy: pd.DataFrame, column: str) -> pd.DataFrame:
     "Each printed number of the paper, once, in a row before those of what was measured here."
     here = tidy[tidy.interval != NOT_MEASURED].assign(numbers="here")
     printed = tidy[tidy.printed.notna()].drop_duplicates([c for c in ("input", "system", column) if c in tidy])
-    printed = printed.assign(numbers="printed", value=printed.printed, **dict.fromkeys(["noise", "refined", "seeds", "low", "high"], np.nan))
+    printed = printed.assign(
+        numbers="printed", value=printed.printed, **dict.fromkeys(["noise", "refined", "seeds", "low", "high"], np.nan)
+    )
     return pd.concat([part for part in (printed, here) if len(part)]).sort_index(kind="stable")
+
 
 def grid(
     tidy: pd.DataFrame,
-    labels: list[str],        # columns that name a line
-    column: str = "metric",   # whose values become columns
+    labels: list[str],  # columns that name a line
+    column: str = "metric",  # whose values become columns
     digits: int = 1,
 ) -> pd.DataFrame:
     "A tidy table as text, in the order of its rows; the last column is the number of seeds. Raises `ValueError` for two numbers in one place."
@@ -93,48 +160,78 @@ def grid(
         # pandas takes no NaN as equal to another: a dial that means nothing becomes a dash
         key = tuple("–" if pd.isna(row[c]) else f"{row[c]:g}" if isinstance(row[c], float) else row[c] for c in labels)
         line = lines.setdefault(key, dict(zip(labels, key)))
-        if row[column] in line: raise ValueError(f"grid: two numbers for {row[column]} in line {key}; name what tells them apart in the labels")
+        if row[column] in line:
+            raise ValueError(
+                f"grid: two numbers for {row[column]} in line {key}; name what tells them apart in the labels"
+            )
         line[row[column]] = number_text(row, digits)
         seeds.setdefault(key, []).append(NOT_MEASURED if row["interval"] == NOT_MEASURED else row["seeds"])
     page = pd.DataFrame(list(lines.values())).fillna("–")
     known = [[number for number in found if number != NOT_MEASURED and not pd.isna(number)] for found in seeds.values()]
-    return page.assign(seeds=[span(numbers) if numbers else NOT_MEASURED if NOT_MEASURED in found else "–" for numbers, found in zip(known, seeds.values())])
+    return page.assign(
+        seeds=[
+            span(numbers) if numbers else NOT_MEASURED if NOT_MEASURED in found else "–"
+            for numbers, found in zip(known, seeds.values())
+        ]
+    )
 
 # %% ../../nbs/report/02_tables.ipynb #1b9e15c0
-OURS = "plain", "direct", "intervention", "plain long", "intervention long"    # our rows in Tables 1 and 2, those that were run
+OURS = (
+    "plain",
+    "direct",
+    "intervention",
+    "plain long",
+    "intervention long",
+)  # our rows in Tables 1 and 2, those that were run
+
 
 def at_defaults(
     results: pd.DataFrame,
-    defaults: dict,         # lam and mu
+    defaults: dict,  # lam and mu
 ) -> pd.DataFrame:
     "Of an arm with several settings of lam and mu, as a sweep has them, only the default one."
     at = (results.lam.isna() | (results.lam == defaults["lam"])) & (results.mu.isna() | (results.mu == defaults["mu"]))
     return results[at | ~results.arm.isin(results.arm[at])]
 
+
 def _add_ours(
-    systems: dict,          # of the paper, with their printed numbers
+    systems: dict,  # of the paper, with their printed numbers
     arms: tuple,
     results: pd.DataFrame,
-    count: int,             # of numbers that a row prints
+    count: int,  # of numbers that a row prints
 ) -> dict:
     "The rows of a table: those of the paper, then the arms that were run."
     return systems | {arm: [np.nan] * count for arm in arms if arm in set(results.arm)}
 
+
 def table1(
     results: pd.DataFrame,
-    paper: dict,            # from `w2r2.report.claims.read_paper`
+    paper: dict,  # from `w2r2.report.claims.read_paper`
     split: str = "test",
     arms: tuple = OURS,
-    scores: dict = {},      # per scene, from `w2r2.report.results.read_scores`
+    scores: dict = {},  # per scene, from `w2r2.report.results.read_scores`
 ) -> pd.DataFrame:
     "Table 1: the paper's rows, then ours."
-    chosen = select(at_defaults(results, paper["defaults"]), task="scanrefer", split=split, metric=paper["table1"]["metrics"], **{"pass": ["2d", "fused"]})
+    chosen = select(
+        at_defaults(results, paper["defaults"]),
+        task="scanrefer",
+        split=split,
+        metric=paper["table1"]["metrics"],
+        **{"pass": ["2d", "fused"]},
+    )
     figures, rows = cells(chosen, scores), []
     for side, name in (("only 2D", "2d"), ("2D + 3D", "fused")):
         for system, printed in _add_ours(paper["table1"][side], arms, results, 2).items():
             for metric, number in zip(paper["table1"]["metrics"], printed):
-                rows += [{"input": side, "system": system if system not in arms else f"ours: {system}", "printed": number, **found}
-                         for found in measured(figures, arm=system, metric=metric, **{"pass": name})]
+                rows += [
+                    {
+                        "input": side,
+                        "system": system if system not in arms else f"ours: {system}",
+                        "printed": number,
+                        **found,
+                    }
+                    for found in measured(figures, arm=system, metric=metric, **{"pass": name})
+                ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/02_tables.ipynb #01138b2d
@@ -142,12 +239,22 @@ def to_markdown(
     frame: pd.DataFrame,  # of text
 ) -> str:
     "A frame as a markdown table."
-    def line(values): return "| " + " | ".join(str(v).replace("|", "\\|") for v in values) + " |"
+
+    def line(values):
+        return "| " + " | ".join(str(v).replace("|", "\\|") for v in values) + " |"
+
     return "\n".join([line(frame.columns), line(["---"] * frame.shape[1]), *map(line, frame.to_numpy())]) + "\n"
 
 # %% ../../nbs/report/02_tables.ipynb #27b86275
-METRICS = {"Acc@0.25": "Acc@0.25", "Acc@0.5": "Acc@0.5", "BLEU-4": "BLEU-4@0.5", "CIDEr": "CIDEr@0.5", "EM": "EM@1"}    # column of Table 2 -> metric of ours
+METRICS = {
+    "Acc@0.25": "Acc@0.25",
+    "Acc@0.5": "Acc@0.5",
+    "BLEU-4": "BLEU-4@0.5",
+    "CIDEr": "CIDEr@0.5",
+    "EM": "EM@1",
+}  # column of Table 2 -> metric of ours
 SHORT = {metric: column for column, metric in METRICS.items()}
+
 
 def table2(
     results: pd.DataFrame,
@@ -157,18 +264,34 @@ def table2(
     scores: dict = {},
 ) -> pd.DataFrame:
     "Table 2: the paper's rows, then ours."
-    chosen = select(at_defaults(results, paper["defaults"]), split=split, metric=list(METRICS.values()), **{"pass": "fused"})
+    chosen = select(
+        at_defaults(results, paper["defaults"]), split=split, metric=list(METRICS.values()), **{"pass": "fused"}
+    )
     figures, rows = cells(chosen, scores), []
-    for system, printed in _add_ours({name: row for name, row in paper["table2"].items() if name != "metrics"}, arms, results, 6).items():
+    for system, printed in _add_ours(
+        {name: row for name, row in paper["table2"].items() if name != "metrics"}, arms, results, 6
+    ).items():
         label = {"system": system if system not in arms else f"ours: {system}"}
         for column, number in zip(METRICS, printed):
-            rows += [label | found | {"metric": column, "printed": number} for found in measured(figures, arm=system, metric=METRICS[column])]
+            rows += [
+                label | found | {"metric": column, "printed": number}
+                for found in measured(figures, arm=system, metric=METRICS[column])
+            ]
         own = pd.DataFrame([row for row in rows if row["system"] == label["system"]])
         for _, five in own.groupby(["noise", "refined"], dropna=False):
-            if len(five) < 5: continue    # no mean of what is not there
+            if len(five) < 5:
+                continue  # no mean of what is not there
             mean = five.value.mean() if five.value.notna().all() else np.nan
-            rows.append(five.iloc[0].to_dict() | {"metric": "Overall", "printed": printed[5], "value": mean, "interval": NOT_MEASURED if np.isnan(mean) else "none"}
-                        | dict.fromkeys(["task", "protocol", "n", "low", "high"], np.nan))
+            rows.append(
+                five.iloc[0].to_dict()
+                | {
+                    "metric": "Overall",
+                    "printed": printed[5],
+                    "value": mean,
+                    "interval": NOT_MEASURED if np.isnan(mean) else "none",
+                }
+                | dict.fromkeys(["task", "protocol", "n", "low", "high"], np.nan)
+            )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/02_tables.ipynb #6f1b48c3
@@ -179,17 +302,26 @@ def as_long(
     baseline: str = "plain",
 ) -> list[str]:
     "The baseline and its variants, arms called `baseline ...`, with so many steps; without the arm itself."
-    return [name for name in dict.fromkeys(select(results, steps=steps).arm) if name.startswith(baseline) and name != arm]
+    return [
+        name for name in dict.fromkeys(select(results, steps=steps).arm) if name.startswith(baseline) and name != arm
+    ]
+
 
 def arms_table(
     results: pd.DataFrame,
-    defaults: dict,          # lam and mu
+    defaults: dict,  # lam and mu
     split: str = "test",
     baseline: str = "plain",
     scores: dict = {},
 ) -> pd.DataFrame:
     "Fused accuracy of every arm, that of its rival on the same seeds, and the paired difference; the rival is the baseline, or an arm `baseline ...` of as many steps."
-    chosen = select(at_defaults(results, defaults), task="scanrefer", split=split, metric=["Acc@0.25", "Acc@0.5"], **{"pass": "fused"})
+    chosen = select(
+        at_defaults(results, defaults),
+        task="scanrefer",
+        split=split,
+        metric=["Acc@0.25", "Acc@0.5"],
+        **{"pass": "fused"},
+    )
     rows = []
     for found in shown(cells(chosen, scores)).to_dict("records"):
         arm, metric = found["arm"], found["metric"]
@@ -201,12 +333,29 @@ def arms_table(
             continue
         found["against"] = f"{rival.arm.iloc[0]}, {span(rival.steps)} steps, {span([len(rival)])} seeds"
         d = contrast(same, {"arm": arm, "steps": found["steps"]}, {"arm": rival.arm.iloc[0]}, scores)
-        rows += [found, found | {"metric": f"{metric} of rival", "value": 100 * rival.value.mean(), "low": np.nan, "high": np.nan, "interval": "none"},
-                 found | {"metric": f"{metric} minus rival", "value": 100 * d.value, "low": 100 * d.low, "high": 100 * d.high}]
+        rows += [
+            found,
+            found
+            | {
+                "metric": f"{metric} of rival",
+                "value": 100 * rival.value.mean(),
+                "low": np.nan,
+                "high": np.nan,
+                "interval": "none",
+            },
+            found
+            | {"metric": f"{metric} minus rival", "value": 100 * d.value, "low": 100 * d.low, "high": 100 * d.high},
+        ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/02_tables.ipynb #66a78752
-CAMERA = "test_wide", "test_tele", "test_low", "test_high"    # the splits that change the camera; the others change the scene
+CAMERA = (
+    "test_wide",
+    "test_tele",
+    "test_low",
+    "test_high",
+)  # the splits that change the camera; the others change the scene
+
 
 def robustness(
     results: pd.DataFrame,
@@ -219,7 +368,8 @@ def robustness(
     return shown(cells(chosen[chosen.split.str.startswith("test")], scores))
 
 # %% ../../nbs/report/02_tables.ipynb #e3d163ad
-INPUTS = {"fused": "2D + 3D", "2d": "only 2D", "3d": "only 3D", "language": "language only"}    # pass -> what it is given
+INPUTS = {"fused": "2D + 3D", "2d": "only 2D", "3d": "only 3D", "language": "language only"}  # pass -> what it is given
+
 
 def inputs_table(
     results: pd.DataFrame,
@@ -228,8 +378,15 @@ def inputs_table(
     scores: dict = {},
 ) -> pd.DataFrame:
     "Acc@0.25, CIDEr and EM of every arm, by input."
-    chosen = select(at_defaults(results, defaults), split=split, metric=["Acc@0.25", "CIDEr@0.5", "EM@1"], **{"pass": list(INPUTS)})
-    return shown(cells(chosen, scores)).sort_values("metric", kind="stable").assign(metric=lambda table: table.metric.map(SHORT), input=lambda table: table["pass"].map(INPUTS))
+    chosen = select(
+        at_defaults(results, defaults), split=split, metric=["Acc@0.25", "CIDEr@0.5", "EM@1"], **{"pass": list(INPUTS)}
+    )
+    return (
+        shown(cells(chosen, scores))
+        .sort_values("metric", kind="stable")
+        .assign(metric=lambda table: table.metric.map(SHORT), input=lambda table: table["pass"].map(INPUTS))
+    )
+
 
 def floors(
     results: pd.DataFrame,
@@ -237,7 +394,13 @@ def floors(
 ) -> pd.DataFrame:
     "What is scored without a model; no floor looks at the geometry, so one noise level stands for all."
     chosen = select(results, split=split, metric=["Acc@0.25", "Acc@0.5", "EM@1"], **{"pass": "floor"})
-    return shown(cells(chosen)).replace({"metric": SHORT}).rename(columns={"arm": "floor"}).drop_duplicates(["floor", "metric"])
+    return (
+        shown(cells(chosen))
+        .replace({"metric": SHORT})
+        .rename(columns={"arm": "floor"})
+        .drop_duplicates(["floor", "metric"])
+    )
+
 
 def causality(
     results: pd.DataFrame,
@@ -255,27 +418,40 @@ def activation(
 ) -> pd.DataFrame:
     "Share of active hinges of Eq. 6 in training, over all queries and by task, for every arm that has a hinge."
     chosen = select(at_defaults(results, defaults), task="training")
-    found = shown(cells(chosen[chosen.metric.str.startswith("activation") & chosen.mu.notna()])).drop(columns="n")    # the number of steps, which is there already
+    found = shown(cells(chosen[chosen.metric.str.startswith("activation") & chosen.mu.notna()])).drop(
+        columns="n"
+    )  # the number of steps, which is there already
     name = found.metric.str.removeprefix("activation")
-    return found.assign(queries=name.str.removesuffix(" at the end").str.strip().replace("", "all"), time=np.where(name.str.endswith(" at the end"), "last log entry", "over the run"))
+    return found.assign(
+        queries=name.str.removesuffix(" at the end").str.strip().replace("", "all"),
+        time=np.where(name.str.endswith(" at the end"), "last log entry", "over the run"),
+    )
 
 # %% ../../nbs/report/02_tables.ipynb #a92c8435
 def cost_text(
     measured: pd.DataFrame,  # arm, step cost (relative to plain), low, high
 ) -> pd.DataFrame:
     "The table of the benchmark as text."
-    return pd.DataFrame({"arm": measured["arm"], "cost of a step, plain = 1": [number_text(row, 2) for row in measured.rename(columns={"step cost": "value"}).to_dict("records")]})
+    return pd.DataFrame(
+        {
+            "arm": measured["arm"],
+            "cost of a step, plain = 1": [
+                number_text(row, 2) for row in measured.rename(columns={"step cost": "value"}).to_dict("records")
+            ],
+        }
+    )
 
 # %% ../../nbs/report/02_tables.ipynb #669d2e61
-PRINTED = "Lines \"printed\" are the paper's own numbers (arXiv 2510.17034v1), of other data and not measured here. "
+PRINTED = 'Lines "printed" are the paper\'s own numbers (arXiv 2510.17034v1), of other data and not measured here. '
 LATEX = str.maketrans({character: f"\\{character}" for character in "%&_#$"})
 
+
 def write_table(
-    tidy: pd.DataFrame,    # all numbers: the csv
-    page: pd.DataFrame,    # text: the other two
+    tidy: pd.DataFrame,  # all numbers: the csv
+    page: pd.DataFrame,  # text: the other two
     folder: str | Path,
-    name: str,             # of the files, without ending
-    caption: str,          # one sentence or more
+    name: str,  # of the files, without ending
+    caption: str,  # one sentence or more
 ) -> list[Path]:
     "Write name.csv, name.md and name.tex; in name.md a cell that names a section of a notebook, NOTEBOOK.ipynb#SECTION, is a link from reports/tables/paper/."
     folder = Path(folder)
@@ -283,52 +459,142 @@ def write_table(
     caption = (PRINTED if "printed" in tidy else "") + caption
     paths = [folder / f"{name}.{ending}" for ending in ("csv", "md", "tex")]
     tidy.to_csv(paths[0], index=False, float_format="%.6g")
-    linked = re.sub(r"(?<=\| )(\w+\.ipynb)#(\S+)(?= \|)", lambda cell: f"[{cell[2].replace('-', ' ')}](../../../nbs/{cell[1]})", to_markdown(page))
+    linked = re.sub(
+        r"(?<=\| )([\w/]+\.ipynb)#(\S+)(?= \|)",
+        lambda cell: f"[{cell[2].replace('-', ' ')}](../../../nbs/{cell[1]})",
+        to_markdown(page),
+    )
     linked = re.sub(r"(?<=\| )(https://\S+)(?= \|)", r"<\1>", linked)
     paths[1].write_text(f"{caption}\n\n{linked}", encoding="utf-8")
     style = page.style.hide().format(escape="latex").format_index(escape="latex", axis=1)
-    paths[2].write_text(style.to_latex(hrules=True, caption=caption.translate(LATEX), label=f"tab:{name}", position_float="centering"), encoding="utf-8")
+    paths[2].write_text(
+        style.to_latex(hrules=True, caption=caption.translate(LATEX), label=f"tab:{name}", position_float="centering"),
+        encoding="utf-8",
+    )
     return paths
 
 # %% ../../nbs/report/02_tables.ipynb #2187e4b0
 LEGEND = "Terms and marks: table glossary."
 REFINED = "Refined by sensor depth: boxes snapped to proposals made from sensor depth without noise, hence clean 3D whatever the input and noise of the line."
 
+
 def write_all(
     results: pd.DataFrame,
     paper: dict,
-    terms: pd.DataFrame,            # from `w2r2.report.glossary.glossary`
+    terms: pd.DataFrame,  # from `w2r2.report.glossary.glossary`
     folder: str | Path,
     scores: dict = {},
-    audited: pd.DataFrame = None,   # from `w2r2.report.claims.audit`
-    timing: pd.DataFrame = None,    # from nbs/bench/step_cost.ipynb
-) -> dict[str, pd.DataFrame]:       # name -> grid
+    audited: pd.DataFrame = None,  # from `w2r2.report.claims.audit`
+    timing: pd.DataFrame = None,  # from nbs/bench/step_cost.ipynb
+) -> dict[str, pd.DataFrame]:  # name -> grid
     "Write every table for which there are results; the two of the paper, the glossary and the audit always."
     defaults, shifts = paper["defaults"], robustness(results, paper["defaults"], scores=scores)
     camera, regime = shifts.split.isin(CAMERA), ["noise", "refined"]
-    tables = {    # name -> numbers, labels of a line, what the columns are, digits, what the caption tells apart, caption
-        "table1": (table1(results, paper, scores=scores), ["input", "system", "numbers", *regime], "metric", 1, "metric", "Table 1 of the paper, ScanRefer."),
-        "table2": (table2(results, paper, scores=scores), ["system", "numbers", *regime], "metric", 1, "metric", "Table 2 of the paper. Captions here: of the true box."),
-        "arms": (arms_table(results, defaults, scores=scores), ["arm", "steps", *regime, "against"], "metric", 1, "protocol", "Readings of Eq. 6, controls and the intervention: fused accuracy in percent, and the paired difference from the rival in column against."),
-        "robustness_camera": (shifts[camera | (shifts.split == "test")], ["arm", *regime], "split", 1, "split", "Fused Acc@0.25 in percent on splits with another camera."),
-        "robustness_scene": (shifts[~camera], ["arm", *regime], "split", 1, "split", "Fused Acc@0.25 in percent on splits with other scenes."),
-        "inputs": (inputs_table(results, defaults, scores=scores), ["metric", "arm", *regime], "input", 1, "metric", "What each input is worth: accuracies in percent, CIDEr times 100; compare table floors."),
+    tables = {  # name -> numbers, labels of a line, what the columns are, digits, what the caption tells apart, caption
+        "table1": (
+            table1(results, paper, scores=scores),
+            ["input", "system", "numbers", *regime],
+            "metric",
+            1,
+            "metric",
+            "Table 1 of the paper, ScanRefer.",
+        ),
+        "table2": (
+            table2(results, paper, scores=scores),
+            ["system", "numbers", *regime],
+            "metric",
+            1,
+            "metric",
+            "Table 2 of the paper. Captions here: of the true box.",
+        ),
+        "arms": (
+            arms_table(results, defaults, scores=scores),
+            ["arm", "steps", *regime, "against"],
+            "metric",
+            1,
+            "protocol",
+            "Readings of Eq. 6, controls and the intervention: fused accuracy in percent, and the paired difference from the rival in column against.",
+        ),
+        "robustness_camera": (
+            shifts[camera | (shifts.split == "test")],
+            ["arm", *regime],
+            "split",
+            1,
+            "split",
+            "Fused Acc@0.25 in percent on splits with another camera.",
+        ),
+        "robustness_scene": (
+            shifts[~camera],
+            ["arm", *regime],
+            "split",
+            1,
+            "split",
+            "Fused Acc@0.25 in percent on splits with other scenes.",
+        ),
+        "inputs": (
+            inputs_table(results, defaults, scores=scores),
+            ["metric", "arm", *regime],
+            "input",
+            1,
+            "metric",
+            "What each input is worth: accuracies in percent, CIDEr times 100; compare table floors.",
+        ),
         "floors": (floors(results), ["floor"], "metric", 1, "metric", "What is scored without a model, in percent."),
-        "causality": (causality(results, defaults, scores=scores), ["arm", "noise"], "metric", 2, "metric", "Whether answers follow the geometry, and how near fused features lie to those of either input."),
-        "activation": (activation(results, defaults), ["arm", "queries", "noise", "lam", "mu", "steps"], "time", 3, None, "Share of the training queries whose hinge of Eq. 6 is active."),
+        "causality": (
+            causality(results, defaults, scores=scores),
+            ["arm", "noise"],
+            "metric",
+            2,
+            "metric",
+            "Whether answers follow the geometry, and how near fused features lie to those of either input.",
+        ),
+        "activation": (
+            activation(results, defaults),
+            ["arm", "queries", "noise", "lam", "mu", "steps"],
+            "time",
+            3,
+            None,
+            "Share of the training queries whose hinge of Eq. 6 is active.",
+        ),
     }
     pages = {"glossary": terms}
     write_table(terms, terms, folder, "glossary", "What the tables mean by their words, and how it is set.")
     for name, (tidy, labels, column, digits, apart, caption) in tables.items():
-        if tidy.empty: continue
+        if tidy.empty:
+            continue
         pages[name] = grid(tidy, labels, column, digits)
-        write_table(tidy, pages[name], folder, name, " ".join([caption, *([source_text(tidy, apart)] if apart else []), *([REFINED] if "refined" in labels else []), LEGEND]))
+        write_table(
+            tidy,
+            pages[name],
+            folder,
+            name,
+            " ".join(
+                [
+                    caption,
+                    *([source_text(tidy, apart)] if apart else []),
+                    *([REFINED] if "refined" in labels else []),
+                    LEGEND,
+                ]
+            ),
+        )
     if timing is not None:
         pages["cost"] = cost_text(timing)
-        write_table(timing, pages["cost"], folder, "cost", "CPU time of a training step relative to plain fine-tuning: median [quartiles] over paired rounds. Measured on an untrained model, whose hinge is inactive, with 16 scenes a step "
-                    "(the experiment: per_device_train_batch_size in table glossary). In the experiment a push acts on one scene in push_every; the arm plain longer has the steps that a push on every scene would cost, so it has more than equal compute. "
-                    f"A timing ({'; '.join(dict.fromkeys(timing.machine))}), from nbs/bench/step_cost.ipynb: a rerun gives similar numbers, not the same.")
+        write_table(
+            timing,
+            pages["cost"],
+            folder,
+            "cost",
+            "CPU time of a training step relative to plain fine-tuning: median [quartiles] over paired rounds. Measured on an untrained model, whose hinge is inactive, with 16 scenes a step "
+            "(the experiment: per_device_train_batch_size in table glossary). In the experiment a push acts on one scene in push_every; the arm plain longer has the steps that a push on every scene would cost, so it has more than equal compute. "
+            f"A timing ({'; '.join(dict.fromkeys(timing.machine))}), from nbs/bench/step_cost.ipynb: a rerun gives similar numbers, not the same.",
+        )
     if audited is not None:
         pages["claims"] = audited.drop(columns="id")
-        write_table(audited, pages["claims"], folder, "claims", "The claims of the paper (arXiv 2510.17034v1) that a number stands behind, and what became of them.")
+        write_table(
+            audited,
+            pages["claims"],
+            folder,
+            "claims",
+            "The claims of the paper (arXiv 2510.17034v1) that a number stands behind, and what became of them.",
+        )
     return pages

@@ -20,24 +20,39 @@ from .tables import to_markdown
 # %% ../../nbs/report/06_verdict.ipynb #349b9dfd
 KIND = ["task", "metric", "pass"]
 
+
 def seed_spread(
     reference: pd.DataFrame,  # results of all runs
-) -> pd.DataFrame:            # by KIND: spread (standard deviation between seeds, of one record), freedom
+) -> pd.DataFrame:  # by KIND: spread (standard deviation between seeds, of one record), freedom
     "The pooled spread between seeds of the same cell; kinds of numbers that have one seed only are missing."
-    within = reference.groupby(CELL, dropna=False).agg(var=("value", "var"), seeds=("value", "size"), n=("n", "max")).reset_index()
-    within = within[within.seeds > 1].assign(freedom=lambda f: f.seeds - 1, square=lambda f: f["var"] * f.n * (f.seeds - 1))
+    within = (
+        reference.groupby(CELL, dropna=False)
+        .agg(var=("value", "var"), seeds=("value", "size"), n=("n", "max"))
+        .reset_index()
+    )
+    within = within[within.seeds > 1].assign(
+        freedom=lambda f: f.seeds - 1, square=lambda f: f["var"] * f.n * (f.seeds - 1)
+    )
     pooled = within.groupby(KIND)[["square", "freedom"]].sum()
     return pd.DataFrame({"spread": np.sqrt(pooled.square / pooled.freedom), "freedom": pooled.freedom})
 
 # %% ../../nbs/report/06_verdict.ipynb #75e2d0f9
-IDENTICAL, WITHIN, DIFFERENT, MISSING, NOT_RUN, NEW = "identical", "within tolerance", "different", "missing", "not run here", "new"
-TIMING = "cost|seconds|runtime"    # in the name of a number: a timing
+IDENTICAL, WITHIN, DIFFERENT, MISSING, NOT_RUN, NEW = (
+    "identical",
+    "within tolerance",
+    "different",
+    "missing",
+    "not run here",
+    "new",
+)
+TIMING = "cost|seconds|runtime"  # in the name of a number: a timing
+
 
 def verdict(
-    results: pd.DataFrame,    # regenerated
+    results: pd.DataFrame,  # regenerated
     reference: pd.DataFrame,  # committed
-    level: float = .95,       # of the simultaneous interval
-) -> pd.DataFrame:            # CELL, reference, here, allowed, verdict, note
+    level: float = 0.95,  # of the simultaneous interval
+) -> pd.DataFrame:  # CELL, reference, here, allowed, verdict, note
     "One row for each cell."
     sides, records, runs = [{}, {}], {}, [set(), set()]
     for side, seen, frame in zip(sides, runs, (reference, results)):
@@ -45,7 +60,7 @@ def verdict(
             key = cell_key(row)
             side.setdefault(key, {})[row["seed"]] = row["value"]
             records.setdefault(key, row["n"])
-            seen.add((*key[:5], row["seed"]))         # arm, noise, lam, mu, steps
+            seen.add((*key[:5], row["seed"]))  # arm, noise, lam, mu, steps
     spread, found = seed_spread(reference), []
     judged = sum(key in sides[1] and sides[1][key] != old for key, old in sides[0].items())
     for key in dict.fromkeys([*sides[0], *sides[1]]):
@@ -53,64 +68,120 @@ def verdict(
         due = {seed: value for seed, value in old.items() if (*key[:5], seed) in runs[1]}
         here = {seed: value for seed, value in new.items() if seed in due or not old}
         means = [np.mean(list(numbers.values())) if numbers else np.nan for numbers in (due or old, here)]
-        row = dict(zip(CELL, key)) | {"reference": means[0], "here": means[1], "allowed": np.nan, "note": f"{len(here)} of {len(old)} seeds" if 0 < len(here) < len(old) else ""}
+        row = dict(zip(CELL, key)) | {
+            "reference": means[0],
+            "here": means[1],
+            "allowed": np.nan,
+            "note": f"{len(here)} of {len(old)} seeds" if 0 < len(here) < len(old) else "",
+        }
         kind = tuple(row[c] for c in KIND)
-        if not old: row["verdict"] = NEW
-        elif not due: row["verdict"] = NOT_RUN
-        elif due.keys() != here.keys(): row["verdict"] = MISSING
-        elif due == here: row["verdict"] = IDENTICAL
-        elif kind not in spread.index: row |= {"verdict": DIFFERENT, "note": "one seed: must be identical"}
+        if not old:
+            row["verdict"] = NEW
+        elif not due:
+            row["verdict"] = NOT_RUN
+        elif due.keys() != here.keys():
+            row["verdict"] = MISSING
+        elif due == here:
+            row["verdict"] = IDENTICAL
+        elif kind not in spread.index:
+            row |= {"verdict": DIFFERENT, "note": "one seed: must be identical"}
         else:
-            row["allowed"] = student.ppf(1 - (1 - level) / judged / 2, spread.freedom[kind]) * spread.spread[kind] * np.sqrt(2 / len(due) / records[key])
+            row["allowed"] = (
+                student.ppf(1 - (1 - level) / judged / 2, spread.freedom[kind])
+                * spread.spread[kind]
+                * np.sqrt(2 / len(due) / records[key])
+            )
             row["verdict"] = WITHIN if abs(row["here"] - row["reference"]) <= row["allowed"] else DIFFERENT
         found.append(row)
     return pd.DataFrame(found, columns=[*CELL, "reference", "here", "allowed", "verdict", "note"])
 
 # %% ../../nbs/report/06_verdict.ipynb #154b529f
-DIALS = ["noise", "lam", "mu", "steps", "seeds"]      # numbers that name a row; every column of text does
-TRAINED = "diagnosis", "differences", "latent", "training"    # beginnings of names: tables of trained models
+DIALS = ["noise", "lam", "mu", "steps", "seeds"]  # numbers that name a row; every column of text does
+TRAINED = "diagnosis", "differences", "latent", "training"  # beginnings of names: tables of trained models
 SKIPPED = ["latent_tsne.csv"]
+
 
 def read_table(
     path: str | Path,  # csv
-) -> pd.DataFrame:     # numbers; the index is a text that names the row, called "run" where rows are of runs, of which another set may have fewer
+) -> pd.DataFrame:  # numbers; the index is a text that names the row, called "run" where rows are of runs, of which another set may have fewer
     "A table of a report; raises `ValueError` for two rows of the same name."
     wide = pd.read_csv(path, float_precision="round_trip")
     labels = [c for c in wide if c in DIALS or not pd.api.types.is_numeric_dtype(wide[c])]
-    rows = [", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row if v == v) for row in wide[labels].itertuples(index=False)]
-    return wide.drop(columns=labels).set_index(pd.Index(rows, name="run" if {"arm", "noise"} & {*wide} else "row"), verify_integrity=True)
+    rows = [
+        ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row if v == v)
+        for row in wide[labels].itertuples(index=False)
+    ]
+    return wide.drop(columns=labels).set_index(
+        pd.Index(rows, name="run" if {"arm", "noise"} & {*wide} else "row"), verify_integrity=True
+    )
+
 
 def table_verdict(
-    path: Path,       # regenerated
+    path: Path,  # regenerated
     reference: Path,  # committed
-) -> pd.DataFrame:    # as from `verdict`: metric = file, arm = row, pass = column
+) -> pd.DataFrame:  # as from `verdict`: metric = file, arm = row, pass = column
     "One row for each number; raises `ValueError` as `read_table`."
     old, new = (read_table(file) if file.is_file() else pd.DataFrame() for file in (reference, path))
     width, found = old.max() - old.min(), []
-    def number(table, row, column): return table.at[row, column] if row in table.index and column in table else np.nan
+
+    def number(table, row, column):
+        return table.at[row, column] if row in table.index and column in table else np.nan
+
     for row, column in product(dict.fromkeys([*old.index, *new.index]), dict.fromkeys([*old, *new])):
         before, here = number(old, row, column), number(new, row, column)
-        if column in ("low", "high") or pd.Series([column]).str.contains(TIMING).any() or np.isnan([before, here]).all(): continue
+        if (
+            column in ("low", "high")
+            or pd.Series([column]).str.contains(TIMING).any()
+            or np.isnan([before, here]).all()
+        ):
+            continue
         allowed = np.nan
-        if np.isnan(before): judged = NEW
-        elif np.isnan(here): judged = NOT_RUN if old.index.name == "run" and row not in new.index else MISSING
-        elif before == here: judged = IDENTICAL
+        if np.isnan(before):
+            judged = NEW
+        elif np.isnan(here):
+            judged = NOT_RUN if old.index.name == "run" and row not in new.index else MISSING
+        elif before == here:
+            judged = IDENTICAL
         else:
-            if path.name.startswith(TRAINED): allowed = (old.at[row, "high"] - old.at[row, "low"]) / 2 if "low" in old and column == "value" else width[column] / 10
+            if path.name.startswith(TRAINED):
+                allowed = (
+                    (old.at[row, "high"] - old.at[row, "low"]) / 2
+                    if "low" in old and column == "value"
+                    else width[column] / 10
+                )
             judged = WITHIN if abs(here - before) <= allowed else DIFFERENT
-        found.append({"task": "table", "metric": path.name, "arm": row, "pass": column, "reference": before, "here": here, "allowed": allowed, "verdict": judged, "note": ""})
+        found.append(
+            {
+                "task": "table",
+                "metric": path.name,
+                "arm": row,
+                "pass": column,
+                "reference": before,
+                "here": here,
+                "allowed": allowed,
+                "verdict": judged,
+                "note": "",
+            }
+        )
     return pd.DataFrame(found, columns=[*CELL, "reference", "here", "allowed", "verdict", "note"])
 
 # %% ../../nbs/report/06_verdict.ipynb #994e3ca6
 def report_verdict(
-    reports: str | Path,    # folder of the regenerated reports
+    reports: str | Path,  # folder of the regenerated reports
     reference: str | Path,  # that of the committed ones
-) -> pd.DataFrame:          # as from `verdict`
+) -> pd.DataFrame:  # as from `verdict`
     "Judge results.csv and every table of a number of its own; raises `ScanNetError` for results that cannot be read."
     reports, reference = Path(reports), Path(reference)
-    names = sorted({path.name for folder in (reference, reports) for path in (folder / "tables").glob("*.csv")} - set(SKIPPED))
-    return pd.concat([verdict(read_results(reports / "results.csv"), read_results(reference / "results.csv")),
-                      *(table_verdict(reports / "tables" / name, reference / "tables" / name) for name in names)], ignore_index=True)
+    names = sorted(
+        {path.name for folder in (reference, reports) for path in (folder / "tables").glob("*.csv")} - set(SKIPPED)
+    )
+    return pd.concat(
+        [
+            verdict(read_results(reports / "results.csv"), read_results(reference / "results.csv")),
+            *(table_verdict(reports / "tables" / name, reference / "tables" / name) for name in names),
+        ],
+        ignore_index=True,
+    )
 
 # %% ../../nbs/report/06_verdict.ipynb #155bd5fc
 def summary(
@@ -122,16 +193,20 @@ def summary(
     total = counts.sum().to_frame().T.set_axis(pd.MultiIndex.from_tuples([("all", "")]))
     return pd.concat([counts, total]).rename_axis(["task", "metric"]).reset_index()
 
+
 def write_verdict(
     judged: pd.DataFrame,
-    folder: str | Path,     # of the reports
+    folder: str | Path,  # of the reports
 ) -> None:
     "Write verdict.csv (every number) and verdict.md (the summary, then what is different or missing)."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     judged.to_csv(folder / "verdict.csv", index=False, float_format="%.6g")
-    page = (f"# Reproduction verdict\n\n{len(judged):,} numbers of the last run against the committed ones. Within tolerance: no further off than other seeds would be. "
-            f"Not run here: of runs that the committed results have and this run, with another `train.set`, has not.\n\n{to_markdown(summary(judged))}")
+    page = (
+        f"# Reproduction verdict\n\n{len(judged):,} numbers of the last run against the committed ones. Within tolerance: no further off than other seeds would be. "
+        f"Not run here: of runs that the committed results have and this run, with another `train.set`, has not.\n\n{to_markdown(summary(judged))}"
+    )
     for wrong in (DIFFERENT, MISSING):
-        if len(found := judged[judged.verdict == wrong]): page += f"\n## {wrong.capitalize()}\n\n{to_markdown(found.round(4).astype(object).fillna('–'))}"
+        if len(found := judged[judged.verdict == wrong]):
+            page += f"\n## {wrong.capitalize()}\n\n{to_markdown(found.round(4).astype(object).fillna('–'))}"
     (folder / "verdict.md").write_text(page, encoding="utf-8")

@@ -10,12 +10,13 @@ __all__ = ['intrinsics', 'pixel_rays', 'camera_pose', 'Caster', 'walk', 'surface
 import numpy as np
 from embreex.mesh_construction import TriangleMesh
 from embreex.rtcore_scene import EmbreeScene
+
 from .layout import Scene
 
 # %% ../../nbs/rooms/03_camera_walk.ipynb #90020945
 def intrinsics(
-    size: tuple[int, int],             # width and height [pixel]
-    hfov: float,                       # horizontal field of view [degree]
+    size: tuple[int, int],  # width and height [pixel]
+    hfov: float,  # horizontal field of view [degree]
     shift: tuple[float, float] = (0, 0),  # offset of the principal point from the middle [pixel]
 ) -> np.ndarray:  # (4, 4)
     "Pinhole intrinsics with square pixels."
@@ -28,24 +29,24 @@ def intrinsics(
 
 # %% ../../nbs/rooms/03_camera_walk.ipynb #db255c6a
 def pixel_rays(
-    K: np.ndarray,           # (4, 4) intrinsics
-    size: tuple[int, int],   # width and height [pixel]
+    K: np.ndarray,  # (4, 4) intrinsics
+    size: tuple[int, int],  # width and height [pixel]
 ) -> np.ndarray:  # (height * width, 3) float32, row by row
     "Directions through all pixel centres in the camera frame, with z = 1."
-    v, u = np.mgrid[:size[1], :size[0]].reshape(2, -1)
+    v, u = np.mgrid[: size[1], : size[0]].reshape(2, -1)
     return np.stack([(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], np.ones(len(u))], 1).astype(np.float32)
 
 # %% ../../nbs/rooms/03_camera_walk.ipynb #cdda4298
 def camera_pose(
     position: np.ndarray,  # (..., 3) camera centre [m]
-    yaw: np.ndarray,       # (...) heading of the gaze in the ground plane [rad], 0 = +x
-    pitch: np.ndarray,     # (...) elevation of the gaze [rad], negative is downwards
-    roll: np.ndarray,      # (...) rotation about the gaze [rad]
+    yaw: np.ndarray,  # (...) heading of the gaze in the ground plane [rad], 0 = +x
+    pitch: np.ndarray,  # (...) elevation of the gaze [rad], negative is downwards
+    roll: np.ndarray,  # (...) rotation about the gaze [rad]
 ) -> np.ndarray:  # (..., 4, 4)
     "Camera-to-world poses: x right, y down, z forward; world z up."
     zero = np.zeros(np.shape(yaw))
     forward = np.stack([np.cos(yaw) * np.cos(pitch), np.sin(yaw) * np.cos(pitch), np.sin(pitch) + zero], -1)
-    level = np.stack([np.sin(yaw), -np.cos(yaw), zero], -1)      # to the right, without roll
+    level = np.stack([np.sin(yaw), -np.cos(yaw), zero], -1)  # to the right, without roll
     down = np.cross(forward, level)
     c, s = np.cos(roll)[..., None], np.sin(roll)[..., None]
     pose = np.zeros((*zero.shape, 4, 4))
@@ -56,40 +57,45 @@ def camera_pose(
 # %% ../../nbs/rooms/03_camera_walk.ipynb #9d700080
 class Caster:
     "Ray queries against one scene's mesh."
+
     def __init__(self, scene: Scene):
         corners = scene.vertices[scene.faces]
         normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
         length = np.linalg.norm(normal, axis=1)
-        self.area = length / 2                                              # (F,) [m^2]
-        self.normal = (normal / np.maximum(length, 1e-12)[:, None]).astype(np.float32)   # (F, 3) outward
-        self.centroid = corners.mean(1)                                     # (F, 3)
+        self.area = length / 2  # (F,) [m^2]
+        self.normal = (normal / np.maximum(length, 1e-12)[:, None]).astype(np.float32)  # (F, 3) outward
+        self.centroid = corners.mean(1)  # (F, 3)
         self.tree = EmbreeScene(robust=True)
-        self.mesh = TriangleMesh(self.tree, np.ascontiguousarray(scene.vertices, np.float32), np.ascontiguousarray(scene.faces, np.int32))
+        self.mesh = TriangleMesh(
+            self.tree, np.ascontiguousarray(scene.vertices, np.float32), np.ascontiguousarray(scene.faces, np.int32)
+        )
 
-    def first_hit(self,
-        origins: np.ndarray,     # (N, 3) float32 [m]
+    def first_hit(
+        self,
+        origins: np.ndarray,  # (N, 3) float32 [m]
         directions: np.ndarray,  # (N, 3) float32, of any length
     ) -> tuple[np.ndarray, np.ndarray]:  # (N,) ray parameter float32, (N,) face int32 or -1
         "Where each ray first meets the mesh, in units of its direction, and which face."
-        hit = self.tree.run(origins, directions, query='INTERSECT', output=True)
-        return hit['tfar'], hit['primID']
+        hit = self.tree.run(origins, directions, query="INTERSECT", output=True)
+        return hit["tfar"], hit["primID"]
 
-    def blocked(self,
+    def blocked(
+        self,
         origins: np.ndarray,  # (N, 3) float32 [m]
-        target: np.ndarray,   # (N, 3) or (3,) float32 [m]
-        reach: float = 1.0,   # the part of the way that is tested
+        target: np.ndarray,  # (N, 3) or (3,) float32 [m]
+        reach: float = 1.0,  # the part of the way that is tested
     ) -> np.ndarray:  # (N,) bool
         "Whether the mesh stands between each origin and its target."
         directions = np.ascontiguousarray(np.broadcast_to(target, origins.shape) - origins)
         limit = np.full(len(origins), reach, np.float32)
-        return self.tree.run(origins, directions, dists=limit, query='OCCLUDED') == 0
+        return self.tree.run(origins, directions, dists=limit, query="OCCLUDED") == 0
 
 # %% ../../nbs/rooms/03_camera_walk.ipynb #fcaf7534
 def walk(
-    free: np.ndarray,            # (P, 2) spots where a person can stand [m]
-    count: int,                  # number of points along the walk
+    free: np.ndarray,  # (P, 2) spots where a person can stand [m]
+    count: int,  # number of points along the walk
     rng: np.random.Generator,
-    stops: int = 8,              # spots the walk is led through
+    stops: int = 8,  # spots the walk is led through
 ) -> np.ndarray:  # (count, 2)
     "Points at equal distances along a closed smooth walk through the free floor."
     chosen = [int(rng.integers(len(free)))]
@@ -98,10 +104,10 @@ def walk(
         gap = np.minimum(gap, ((free - free[chosen[-1]]) ** 2).sum(1))
         chosen.append(int(gap.argmax()))
     stop = free[chosen] - free[chosen].mean(0)
-    p1 = free[chosen][np.argsort(np.arctan2(stop[:, 1], stop[:, 0]), kind='stable')]
+    p1 = free[chosen][np.argsort(np.arctan2(stop[:, 1], stop[:, 0]), kind="stable")]
     p0, p2, p3 = np.roll(p1, 1, 0), np.roll(p1, -1, 0), np.roll(p1, -2, 0)
     s = np.linspace(0, 1, 16, endpoint=False)[:, None, None]
-    curve = (p1 + s * (p2 - p0) / 2 + s**2 * (p0 - 2.5 * p1 + 2 * p2 - p3 / 2) + s**3 * (1.5 * (p1 - p2) + (p3 - p0) / 2))
+    curve = p1 + s * (p2 - p0) / 2 + s**2 * (p0 - 2.5 * p1 + 2 * p2 - p3 / 2) + s**3 * (1.5 * (p1 - p2) + (p3 - p0) / 2)
     curve = curve.transpose(1, 0, 2).reshape(-1, 2)
     way = np.cumsum(np.linalg.norm(np.diff(curve, axis=0, append=curve[:1]), axis=1))
     at = (np.arange(count) + rng.random()) / count * way[-1]
@@ -115,50 +121,55 @@ def surface_points(
     count: int = 8,  # points per item
 ) -> np.ndarray:  # (items, count) faces
     "Faces that sample each item's surface evenly by area; their centroids stand for the item."
-    order = np.argsort(scene.face_item, kind='stable')
+    order = np.argsort(scene.face_item, kind="stable")
     area = np.cumsum(caster.area[order], dtype=float)
-    end = area[np.searchsorted(scene.face_item[order], np.arange(len(scene.items)), side='right') - 1]
+    end = area[np.searchsorted(scene.face_item[order], np.arange(len(scene.items)), side="right") - 1]
     start = np.concatenate([[0], end[:-1]])
-    quantile = (np.arange(count) + .5) / count
+    quantile = (np.arange(count) + 0.5) / count
     return order[np.searchsorted(area, start[:, None] + quantile * (end - start)[:, None])]
 
 # %% ../../nbs/rooms/03_camera_walk.ipynb #f72a2ebd
 def candidate_poses(
     scene: Scene,
-    split: dict,            # knobs: views, camera_height, pitch
+    split: dict,  # knobs: views, camera_height, pitch
     rng: np.random.Generator,
-    headings: int = 12,     # directions per place
+    headings: int = 12,  # directions per place
 ) -> np.ndarray:  # (places, headings, 4, 4)
     "Camera-to-world poses along a walk: views the operator might take, `places` is a multiple of `views`."
-    places = split['views'] * max(1, round(24 / split['views']))
-    def shake(sigma, *shape): return sigma * np.clip(rng.standard_normal(shape), -2, 2)
-    height = rng.uniform(*split['camera_height'])
-    position = np.c_[walk(scene.free, places, rng), np.full(places, height)] + shake(.02, places, 3)
-    yaw = 2 * np.pi * (np.arange(headings) + rng.random((places, 1))) / headings + shake(np.radians(3), places, headings)
-    pitch = np.radians(rng.uniform(*split['pitch'], (places, headings))) + shake(np.radians(2), places, headings)
+    places = split["views"] * max(1, round(24 / split["views"]))
+
+    def shake(sigma, *shape):
+        return sigma * np.clip(rng.standard_normal(shape), -2, 2)
+
+    height = rng.uniform(*split["camera_height"])
+    position = np.c_[walk(scene.free, places, rng), np.full(places, height)] + shake(0.02, places, 3)
+    yaw = 2 * np.pi * (np.arange(headings) + rng.random((places, 1))) / headings + shake(
+        np.radians(3), places, headings
+    )
+    pitch = np.radians(rng.uniform(*split["pitch"], (places, headings))) + shake(np.radians(2), places, headings)
     return camera_pose(position[:, None], yaw, pitch, shake(np.radians(2), places, headings))
 
 # %% ../../nbs/rooms/03_camera_walk.ipynb #f3ee0fd2
 def expected_pixels(
     scene: Scene,
     caster: Caster,
-    poses: np.ndarray,      # (places, headings, 4, 4) candidates; the headings of a place share its position
-    K: np.ndarray,          # (4, 4) intrinsics
+    poses: np.ndarray,  # (places, headings, 4, 4) candidates; the headings of a place share its position
+    K: np.ndarray,  # (4, 4) intrinsics
     size: tuple[int, int],  # width and height [pixel]
 ) -> np.ndarray:  # (places, headings, items), zero for floor, walls and ceiling
     "How many pixels each item will fill in each view, estimated without rendering."
-    items = np.array([i.id for i in scene.items if i.support >= 0])      # not floor, walls and ceiling
+    items = np.array([i.id for i in scene.items if i.support >= 0])  # not floor, walls and ceiling
     points = surface_points(scene, caster)[items]
     per_item, points = points.shape[1], points.ravel()
     position = poses[:, 0, :3, 3]
-    offset = caster.centroid[points] - position[:, None]                     # (places, points, 3)
+    offset = caster.centroid[points] - position[:, None]  # (places, points, 3)
     area = np.bincount(scene.face_item, caster.area, len(scene.items))[items].repeat(per_item) / per_item
     facing = np.maximum(-(caster.normal[points] * offset).sum(-1), 0)
-    pixels = area * facing * K[0, 0]**2 / np.linalg.norm(offset, axis=-1)**3
+    pixels = area * facing * K[0, 0] ** 2 / np.linalg.norm(offset, axis=-1) ** 3
     place, point = np.nonzero(pixels)
     origins = (caster.centroid + 1e-3 * caster.normal)[points[point]]
     pixels[place, point] *= ~caster.blocked(origins, position[place].astype(np.float32))
-    x, y, z = np.moveaxis(offset[:, None] @ poses[..., :3, :3], -1, 0)        # (places, headings, points) each
+    x, y, z = np.moveaxis(offset[:, None] @ poses[..., :3, :3], -1, 0)  # (places, headings, points) each
     inside = (z > 0) & (np.abs(x) * K[0, 0] < size[0] / 2 * z) & (np.abs(y) * K[1, 1] < size[1] / 2 * z)
     filled = np.zeros((*poses.shape[:2], len(scene.items)))
     filled[..., items] = (inside * pixels[:, None]).reshape(*poses.shape[:2], len(items), per_item).sum(-1)
@@ -168,24 +179,24 @@ def expected_pixels(
 def key_views(
     scene: Scene,
     caster: Caster,
-    K: np.ndarray,             # (4, 4) intrinsics of the colour camera
-    split: dict,               # knobs: views, color_size, camera_height, pitch
+    K: np.ndarray,  # (4, 4) intrinsics of the colour camera
+    split: dict,  # knobs: views, color_size, camera_height, pitch
     rng: np.random.Generator,
 ) -> np.ndarray:  # (V, 4, 4)
     "Camera-to-world poses of a walk that together show the furniture, in the order of the walk."
-    poses, views = candidate_poses(scene, split, rng), split['views']
-    pixels = expected_pixels(scene, caster, poses, K, split['color_size'])
+    poses, views = candidate_poses(scene, split, rng), split["views"]
+    pixels = expected_pixels(scene, caster, poses, K, split["color_size"])
     places, headings, items = pixels.shape
-    poses, share = poses.reshape(-1, 4, 4), np.minimum(pixels.reshape(-1, items) / np.prod(split['color_size']), .04)
-    half = np.array(split['color_size']) / 2 / K[0, 0]
-    grid = np.array([[x, y, 1] for x in (-.6, 0, .6) for y in (-.6, 0, .6)]) * [*half, 1]
+    poses, share = poses.reshape(-1, 4, 4), np.minimum(pixels.reshape(-1, items) / np.prod(split["color_size"]), 0.04)
+    half = np.array(split["color_size"]) / 2 / K[0, 0]
+    grid = np.array([[x, y, 1] for x in (-0.6, 0, 0.6) for y in (-0.6, 0, 0.6)]) * [*half, 1]
     directions = (grid @ poses[:, :3, :3].transpose(0, 2, 1)).reshape(-1, 3).astype(np.float32)
     depth, _ = caster.first_hit(poses[:, :3, 3].repeat(len(grid), 0).astype(np.float32), directions)
-    clear = (np.minimum(depth / 1.2, 1)**2).reshape(-1, len(grid)).mean(1)
+    clear = (np.minimum(depth / 1.2, 1) ** 2).reshape(-1, len(grid)).mean(1)
     stretch = np.arange(places).repeat(headings) * views // places
     taken, total, chosen = np.zeros(len(poses), bool), np.zeros(items), []
     for _ in range(views):
-        gain = clear * np.log1p(share / (.01 + total)).sum(1)      # the sum with this view minus the sum without it
+        gain = clear * np.log1p(share / (0.01 + total)).sum(1)  # the sum with this view minus the sum without it
         best = int(np.where(taken, -1, gain).argmax())
         chosen.append(best)
         taken |= stretch == stretch[best]
@@ -195,10 +206,12 @@ def key_views(
 # %% ../../nbs/rooms/03_camera_walk.ipynb #1df0698e
 def look(
     caster: Caster,
-    poses: np.ndarray,      # (V, 4, 4) camera-to-world
-    K: np.ndarray,          # (4, 4) intrinsics
+    poses: np.ndarray,  # (V, 4, 4) camera-to-world
+    K: np.ndarray,  # (4, 4) intrinsics
     size: tuple[int, int],  # width and height [pixel]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (V, H, W) float32 depth [m], (V, H, W) int32 face or -1, (V, H * W, 3) float32 rays
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # (V, H, W) float32 depth [m], (V, H, W) int32 face or -1, (V, H * W, 3) float32 rays
     "Exact depth and face of every pixel, and the rays (world directions with camera z = 1); depth is infinite where nothing is hit."
     rays = pixel_rays(K, size) @ poses[:, :3, :3].transpose(0, 2, 1).astype(np.float32)
     origins = np.broadcast_to(poses[:, None, :3, 3].astype(np.float32), rays.shape).reshape(-1, 3)

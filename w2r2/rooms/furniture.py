@@ -8,25 +8,28 @@ __all__ = ['PROPOSE', 'Material', 'linear', 'pick', 'draw_material', 'Look', 'dr
 
 # %% ../../nbs/rooms/01_furniture.ipynb #68a68dbf
 from dataclasses import dataclass, replace
+
 import numpy as np
+
 from .shapes import Template
 
 # %% ../../nbs/rooms/01_furniture.ipynb #c5883d08
 @dataclass(frozen=True)
 class Material:
     "What a surface looks like; its texture is evaluated from the 3D position by the renderer."
-    name: str                        # what it is made of: "wood", "fabric", "metal", ...
-    color: str                       # colour as a speaker would say it: "red", "brown", ...
+
+    name: str  # what it is made of: "wood", "fabric", "metal", ...
+    color: str  # colour as a speaker would say it: "red", "brown", ...
     rgb: tuple[float, float, float]  # base colour, linear 0..1
-    texture: str                     # "plain", "grain", "stripes", "checks", "noise" or "tiles"
-    scale: float                     # period of the texture [m]
+    texture: str  # "plain", "grain", "stripes", "checks", "noise" or "tiles"
+    scale: float  # period of the texture [m]
 
 # %% ../../nbs/rooms/01_furniture.ipynb #cb751138
 def linear(
     srgb: np.ndarray,  # sRGB, 0..1
-) -> np.ndarray:       # linear light, 0..1
+) -> np.ndarray:  # linear light, 0..1
     "The sRGB transfer function, inverted (IEC 61966-2-1)."
-    return np.where(srgb <= .04045, srgb / 12.92, ((srgb + .055) / 1.055) ** 2.4)
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
 # %% ../../nbs/rooms/01_furniture.ipynb #ce356bed
 def pick(
@@ -35,63 +38,75 @@ def pick(
 ):
     "One key, drawn with probability proportional to its weight."
     total = np.cumsum(list(weights.values()))
-    return list(weights)[int(np.searchsorted(total, rng.random() * total[-1], side='right'))]
+    return list(weights)[int(np.searchsorted(total, rng.random() * total[-1], side="right"))]
 
 # %% ../../nbs/rooms/01_furniture.ipynb #6ba3e0cf
 def draw_material(
-    options: list[str],    # as in a finish: "wood", "wood brown"; "main .8" is `main` at that brightness
+    options: list[str],  # as in a finish: "wood", "wood brown"; "main .8" is `main` at that brightness
     catalogue: dict,
     rng: np.random.Generator,
     main: Material | None = None,  # main material of the same object
 ) -> Material:
     "One of the listed materials, with a colour around its named one."
-    name, _, color = options[rng.integers(len(options))].partition(' ')
-    if name == 'main': return replace(main, rgb=tuple(min(1., c * float(color)) for c in main.rgb))
-    material = catalogue['materials'][name]
-    color = color or pick(rng, material['colors'])
-    rgb = linear(np.array(catalogue['colors'][color]) / 255) * np.exp(catalogue['color_jitter'] * rng.standard_normal())
-    return Material(name, color, tuple(np.clip(rgb, 0, 1).tolist()), pick(rng, material['textures']), float(rng.uniform(*material['scale'])))
+    name, _, color = options[rng.integers(len(options))].partition(" ")
+    if name == "main":
+        return replace(main, rgb=tuple(min(1.0, c * float(color)) for c in main.rgb))
+    material = catalogue["materials"][name]
+    color = color or pick(rng, material["colors"])
+    rgb = linear(np.array(catalogue["colors"][color]) / 255) * np.exp(catalogue["color_jitter"] * rng.standard_normal())
+    return Material(
+        name,
+        color,
+        tuple(np.clip(rgb, 0, 1).tolist()),
+        pick(rng, material["textures"]),
+        float(rng.uniform(*material["scale"])),
+    )
 
 # %% ../../nbs/rooms/01_furniture.ipynb #3a2c73d0
 @dataclass
 class Look:
     "What an object is, before it has a place."
+
     category: str
-    shape: str                 # name of the shape
-    size: np.ndarray           # (3,) depth, width, height before scaling [m]
-    scale: float               # uniform factor on the size
-    finish: list[Material]     # one per finish of the template, the main one first
+    shape: str  # name of the shape
+    size: np.ndarray  # (3,) depth, width, height before scaling [m]
+    scale: float  # uniform factor on the size
+    finish: list[Material]  # one per finish of the template, the main one first
     template: Template
-    rules: list[dict]          # placement rules, the preferred one first
-    clear: float               # depth to keep free in front [m]
-    front: bool                # whether it has a front
+    rules: list[dict]  # placement rules, the preferred one first
+    clear: float  # depth to keep free in front [m]
+    front: bool  # whether it has a front
 
 # %% ../../nbs/rooms/01_furniture.ipynb #77624e71
 def draw_look(
     category: str,
     shapes: dict | None,  # {shape: weight} allowed here; None for all with the catalogue's weights
     catalogue: dict,
-    scale: float,       # the scene's object scale
-    height: float,      # no object may be taller [m]
+    scale: float,  # the scene's object scale
+    height: float,  # no object may be taller [m]
     rng: np.random.Generator,
 ) -> Look:
     "A shape of the category with its size and materials."
-    entry = catalogue['categories'][category]
-    name = pick(rng, shapes or {name: shape['weight'] for name, shape in entry['shapes'].items()})
-    shape = entry['shapes'][name]
-    size = np.array([rng.uniform(low, high) for low, high in shape['size']])
-    if shape.get('square'): size[1] = size[0]
-    scale = 1. if entry.get('fixed') else min(scale, height / size[2])
+    entry = catalogue["categories"][category]
+    name = pick(rng, shapes or {name: shape["weight"] for name, shape in entry["shapes"].items()})
+    shape = entry["shapes"][name]
+    size = np.array([rng.uniform(low, high) for low, high in shape["size"]])
+    if shape.get("square"):
+        size[1] = size[0]
+    scale = 1.0 if entry.get("fixed") else min(scale, height / size[2])
     finish = []
-    for options in shape['finish'].values(): finish.append(draw_material(options, catalogue, rng, finish[0] if finish else None))
+    for options in shape["finish"].values():
+        finish.append(draw_material(options, catalogue, rng, finish[0] if finish else None))
     get = lambda key, default: shape.get(key, entry.get(key, default))
-    return Look(category, name, size, scale, finish, shape['template'], get('place', []), get('clear', 0.), get('front', True))
+    return Look(
+        category, name, size, scale, finish, shape["template"], get("place", []), get("clear", 0.0), get("front", True)
+    )
 
 # %% ../../nbs/rooms/01_furniture.ipynb #dc749eb2
 def reach(
     size: np.ndarray,  # (3,) depth, width, height [m]
-    yaw: np.ndarray,   # (...) [rad]
-) -> np.ndarray:       # (..., 2) half extents along x and y [m]
+    yaw: np.ndarray,  # (...) [rad]
+) -> np.ndarray:  # (..., 2) half extents along x and y [m]
     "Half extents of the box around a turned rectangle."
     c, s = np.abs(np.cos(yaw)), np.abs(np.sin(yaw))
     return np.stack([c * size[0] + s * size[1], s * size[0] + c * size[1]], -1) / 2
@@ -100,10 +115,11 @@ def reach(
 @dataclass
 class Placed:
     "A look with its place."
+
     look: Look
-    yaw: float          # [rad]
-    base: np.ndarray    # (3,) middle of the footprint, at its lowest point [m]
-    support: int        # index of what it stands or hangs on, -1 for none
+    yaw: float  # [rad]
+    base: np.ndarray  # (3,) middle of the footprint, at its lowest point [m]
+    support: int  # index of what it stands or hangs on, -1 for none
 
     @property
     def size(self) -> np.ndarray:
@@ -113,16 +129,18 @@ class Placed:
 # %% ../../nbs/rooms/01_furniture.ipynb #16702583
 class Plan:
     "What has been placed so far, and the space it takes."
-    def __init__(self,
-        size: np.ndarray,      # (3,) floor extent and height [m]
+
+    def __init__(
+        self,
+        size: np.ndarray,  # (3,) floor extent and height [m]
         placed: list[Placed],  # floor, borders and ceiling
-        borders: dict,         # {side: index of its wall or fence}; a yaw of side * 90 degrees looks inwards
-        zones: dict,           # {name: (low, high, index)} span of y of each part of the floor [m]
+        borders: dict,  # {side: index of its wall or fence}; a yaw of side * 90 degrees looks inwards
+        zones: dict,  # {name: (low, high, index)} span of y of each part of the floor [m]
     ):
         self.size, self.placed, self.borders, self.zones = size, placed, borders, zones
-        self.structure = len(placed)                             # the furniture comes after these
-        self.box = np.zeros((0, 2, 3))                           # low and high corners of the furniture
-        self.clear = np.zeros((0, 2, 3))                         # space to keep free
+        self.structure = len(placed)  # the furniture comes after these
+        self.box = np.zeros((0, 2, 3))  # low and high corners of the furniture
+        self.clear = np.zeros((0, 2, 3))  # space to keep free
 
     def hosts(self, categories: list[str]) -> list[int]:
         "Indices of the furniture of these categories."
@@ -130,120 +148,145 @@ class Plan:
 
     def walls(self) -> list[int]:
         "Sides that have a wall to hang things on."
-        return [side for side, k in self.borders.items() if self.placed[k].look.category == 'wall']
+        return [side for side, k in self.borders.items() if self.placed[k].look.category == "wall"]
 
     def zone(self, rule: dict) -> tuple[float, float, int]:
         "The part of the floor that a rule names, otherwise the first."
-        return self.zones[rule['zone']] if 'zone' in rule else next(iter(self.zones.values()))
+        return self.zones[rule["zone"]] if "zone" in rule else next(iter(self.zones.values()))
 
 # %% ../../nbs/rooms/01_furniture.ipynb #bcaf8715
 def propose_wall(
     plan: Plan,
-    rule: dict,        # at "wall" or "corner"; gap to the border [m]; z of the base [m] if it hangs there
+    rule: dict,  # at "wall" or "corner"; gap to the border [m]; z of the base [m] if it hangs there
     size: np.ndarray,  # (3,) scaled size [m]
     rng: np.random.Generator,
     count: int,
-) -> tuple:            # yaw (K,), base (K, 3), support (K,), host (K,)
+) -> tuple:  # yaw (K,), base (K, 3), support (K,), host (K,)
     "Places with the back to a border."
-    sides = plan.walls() if 'z' in rule else list(plan.borders)
+    sides = plan.walls() if "z" in rule else list(plan.borders)
     side = np.array(sides)[rng.integers(len(sides), size=count)]
-    length, gap = plan.size[1 - side % 2], rng.uniform(*rule.get('gap', (.01, .04)), (2, count))
+    length, gap = plan.size[1 - side % 2], rng.uniform(*rule.get("gap", (0.01, 0.04)), (2, count))
     along = size[1] / 2 + (length - size[1]) * rng.random(count)
-    if rule['at'] == 'corner': along = np.abs(rng.integers(2, size=count) * length - size[1] / 2 - gap[1])
+    if rule["at"] == "corner":
+        along = np.abs(rng.integers(2, size=count) * length - size[1] / 2 - gap[1])
     depth = np.abs((side >= 2) * plan.size[side % 2] - size[0] / 2 - gap[0])
     base = np.where(side[:, None] % 2, np.c_[along, depth], np.c_[depth, along])
-    support = np.array([plan.borders[k] for k in side]) if 'z' in rule else np.full(count, plan.zone(rule)[2])
-    return side * np.pi / 2, np.c_[base, rng.uniform(*rule.get('z', (0, 0)), count)], support, np.full(count, -1)
+    support = np.array([plan.borders[k] for k in side]) if "z" in rule else np.full(count, plan.zone(rule)[2])
+    return side * np.pi / 2, np.c_[base, rng.uniform(*rule.get("z", (0, 0)), count)], support, np.full(count, -1)
 
 # %% ../../nbs/rooms/01_furniture.ipynb #885bba24
 def propose_open(
     plan: Plan,
-    rule: dict,        # at "open"; margin to the edge of the floor [m]; step of the yaw [degrees], default any
+    rule: dict,  # at "open"; margin to the edge of the floor [m]; step of the yaw [degrees], default any
     size: np.ndarray,  # (3,) scaled size [m]
     rng: np.random.Generator,
     count: int,
-) -> tuple:            # as propose_wall
+) -> tuple:  # as propose_wall
     "Places on the open floor."
     yaw = rng.uniform(-np.pi, np.pi, count)
-    if 'step' in rule: yaw = np.deg2rad(rule['step']) * rng.integers(360 // rule['step'], size=count)
+    if "step" in rule:
+        yaw = np.deg2rad(rule["step"]) * rng.integers(360 // rule["step"], size=count)
     low, high, floor = plan.zone(rule)
-    edge = reach(size, yaw) + rule['margin']
+    edge = reach(size, yaw) + rule["margin"]
     start, end = np.array([0, low]) + edge, np.array([plan.size[0], high]) - edge
-    base = np.where(end > start, start + (end - start) * rng.random((count, 2)), np.nan)   # nan: it does not fit there
+    base = np.where(end > start, start + (end - start) * rng.random((count, 2)), np.nan)  # nan: it does not fit there
     return yaw, np.c_[base, np.zeros(count)], np.full(count, floor), np.full(count, -1)
 
 # %% ../../nbs/rooms/01_furniture.ipynb #7fac1592
 def propose_beside(
     plan: Plan,
-    rule: dict,        # at "beside"; of, sides, face ("host" or "same"), gap [m], align, turn [degrees], z
+    rule: dict,  # at "beside"; of, sides, face ("host" or "same"), gap [m], align, turn [degrees], z
     size: np.ndarray,  # (3,) scaled size [m]
     rng: np.random.Generator,
     count: int,
-) -> tuple:            # as propose_wall
+) -> tuple:  # as propose_wall
     "Places next to a host."
-    hosts = plan.hosts(rule['of'])
+    hosts = plan.hosts(rule["of"])
     chosen, placed = rng.integers(len(hosts), size=count), [plan.placed[k] for k in hosts]
-    other, facing, middle = np.array([p.size for p in placed])[chosen], np.array([p.yaw for p in placed])[chosen], np.array([p.base for p in placed])[chosen]
-    side = np.array([['front', 'left', 'back', 'right'].index(name) for name in rule['sides']])[rng.integers(len(rule['sides']), size=count)]
+    other, facing, middle = (
+        np.array([p.size for p in placed])[chosen],
+        np.array([p.yaw for p in placed])[chosen],
+        np.array([p.base for p in placed])[chosen],
+    )
+    side = np.array([["front", "left", "back", "right"].index(name) for name in rule["sides"]])[
+        rng.integers(len(rule["sides"]), size=count)
+    ]
     toward = facing + side * np.pi / 2
-    yaw = (toward + np.pi if rule['face'] == 'host' else facing) + np.deg2rad(rule.get('turn', 0)) * rng.uniform(-1, 1, count)
-    own = reach(size, yaw - toward)           # half extents along and across the direction to the host's side
-    away = np.where(side % 2, other[:, 1], other[:, 0]) / 2 + own[:, 0] + rng.uniform(*rule['gap'], count)
+    yaw = (toward + np.pi if rule["face"] == "host" else facing) + np.deg2rad(rule.get("turn", 0)) * rng.uniform(
+        -1, 1, count
+    )
+    own = reach(size, yaw - toward)  # half extents along and across the direction to the host's side
+    away = np.where(side % 2, other[:, 1], other[:, 0]) / 2 + own[:, 0] + rng.uniform(*rule["gap"], count)
     room = np.where(side % 2, other[:, 0], other[:, 1]) / 2
-    across = np.maximum(room - own[:, 1] * .8, 0) * rng.uniform(-1, 1, count)
-    if rule.get('align') == 'back': across = np.where(side == 1, 1, -1) * (room - own[:, 1])
+    across = np.maximum(room - own[:, 1] * 0.8, 0) * rng.uniform(-1, 1, count)
+    if rule.get("align") == "back":
+        across = np.where(side == 1, 1, -1) * (room - own[:, 1])
     c, s = np.cos(toward), np.sin(toward)
     base = middle[:, :2] + np.c_[c * away - s * across, s * away + c * across]
     support = np.full(count, plan.zone(rule)[2])
-    if 'z' in rule: support = np.array([plan.borders[k] for k in np.rint(facing / (np.pi / 2)).astype(int) % 4])
-    return yaw, np.c_[base, rng.uniform(*rule.get('z', (0, 0)), count)], support, np.full(count, -1)
+    if "z" in rule:
+        support = np.array([plan.borders[k] for k in np.rint(facing / (np.pi / 2)).astype(int) % 4])
+    return yaw, np.c_[base, rng.uniform(*rule.get("z", (0, 0)), count)], support, np.full(count, -1)
 
 # %% ../../nbs/rooms/01_furniture.ipynb #433b35f5
 def propose_atop(
     plan: Plan,
-    rule: dict,        # at "atop"; of; depth: range from 0 (back) to 1 (front); turn [degrees]
+    rule: dict,  # at "atop"; of; depth: range from 0 (back) to 1 (front); turn [degrees]
     size: np.ndarray,  # (3,) scaled size [m]
     rng: np.random.Generator,
     count: int,
-) -> tuple:            # as propose_wall
+) -> tuple:  # as propose_wall
     "Places on the surface of a host."
-    hosts = np.array([k for k in plan.hosts(rule['of']) if plan.placed[k].look.template.surface is not None], int)
-    if not len(hosts): return np.zeros(0), np.zeros((0, 3)), hosts, hosts
+    hosts = np.array([k for k in plan.hosts(rule["of"]) if plan.placed[k].look.template.surface is not None], int)
+    if not len(hosts):
+        return np.zeros(0), np.zeros((0, 3)), hosts, hosts
     placed = [plan.placed[k] for k in hosts]
     chosen = rng.integers(len(hosts), size=count)
     x0, x1, y0, y1, z = np.array([p.look.template.top(p.look.size, p.look.scale) for p in placed])[chosen].T
     facing, middle = np.array([p.yaw for p in placed])[chosen], np.array([p.base for p in placed])[chosen]
-    turn = np.deg2rad(rule.get('turn', 0)) * rng.uniform(-1, 1, count)
+    turn = np.deg2rad(rule.get("turn", 0)) * rng.uniform(-1, 1, count)
     own = reach(size, turn)
-    x = np.where(x1 - x0 >= 2 * own[:, 0], x0 + own[:, 0] + (x1 - x0 - 2 * own[:, 0]) * rng.uniform(*rule['depth'], count), np.nan)
+    x = np.where(
+        x1 - x0 >= 2 * own[:, 0],
+        x0 + own[:, 0] + (x1 - x0 - 2 * own[:, 0]) * rng.uniform(*rule["depth"], count),
+        np.nan,
+    )
     y = np.where(y1 - y0 >= 2 * own[:, 1], y0 + own[:, 1] + (y1 - y0 - 2 * own[:, 1]) * rng.random(count), np.nan)
     c, s = np.cos(facing), np.sin(facing)
-    return facing + turn, middle + np.c_[c * x - s * y, s * x + c * y, z + .002], hosts[chosen], hosts[chosen]
+    return facing + turn, middle + np.c_[c * x - s * y, s * x + c * y, z + 0.002], hosts[chosen], hosts[chosen]
 
 # %% ../../nbs/rooms/01_furniture.ipynb #0f5ca6c6
 def overlaps(
-    low: np.ndarray,    # (K, 3)
-    high: np.ndarray,   # (K, 3)
+    low: np.ndarray,  # (K, 3)
+    high: np.ndarray,  # (K, 3)
     boxes: np.ndarray,  # (M, 2, 3) low and high corners
-) -> np.ndarray:        # (K, M) bool
+) -> np.ndarray:  # (K, M) bool
     "Which boxes share more than a face."
     return ((low[:, None] < boxes[:, 1]) & (high[:, None] > boxes[:, 0])).all(-1)
 
 # %% ../../nbs/rooms/01_furniture.ipynb #7c4f316e
-PROPOSE = {'wall': propose_wall, 'corner': propose_wall, 'open': propose_open, 'beside': propose_beside, 'atop': propose_atop}
+PROPOSE = {
+    "wall": propose_wall,
+    "corner": propose_wall,
+    "open": propose_open,
+    "beside": propose_beside,
+    "atop": propose_atop,
+}
+
 
 def place(
     plan: Plan,
     look: Look,
     rng: np.random.Generator,
     count: int = 24,  # candidates per rule
-    gap: float = .02, # least distance between neighbours on the floor [m]
-) -> bool:            # whether it found a place
+    gap: float = 0.02,  # least distance between neighbours on the floor [m]
+) -> bool:  # whether it found a place
     "Put an object where its first fitting rule allows, if any does."
     size = look.size * look.scale
     for rule in look.rules:
-        if 'of' in rule and not plan.hosts(rule['of']): continue
-        yaw, base, support, host = PROPOSE[rule['at']](plan, rule, size, rng, count)
+        if "of" in rule and not plan.hosts(rule["of"]):
+            continue
+        yaw, base, support, host = PROPOSE[rule["at"]](plan, rule, size, rng, count)
         half = np.c_[reach(size, yaw), np.zeros(len(yaw))]
         low, high = base - half, base + half + [0, 0, size[2]]
         start, end, floor = plan.zone(rule)
@@ -253,13 +296,17 @@ def place(
         wide_low, wide_high = np.minimum(low, low + ahead), np.maximum(high, high + ahead)
         fits &= (wide_low[:, :2] >= -1e-9).all(1) & (wide_high[:, :2] <= plan.size[:2] + 1e-9).all(1)
         pad = np.array([gap, gap, 0])
-        fits &= ~(overlaps(wide_low - pad, wide_high + pad, plan.box) & (host[:, None] - plan.structure != np.arange(len(plan.box)))).any(1)
+        fits &= ~(
+            overlaps(wide_low - pad, wide_high + pad, plan.box)
+            & (host[:, None] - plan.structure != np.arange(len(plan.box)))
+        ).any(1)
         fits &= ~overlaps(low, high, plan.clear).any(1)
-        if not fits.any(): continue
+        if not fits.any():
+            continue
         k = int(np.argmax(fits))
         plan.box = np.concatenate([plan.box, [[low[k], high[k]]]])
         if look.clear:
-            ahead = np.rint(ahead[k] / look.clear)   # a quarter turn
+            ahead = np.rint(ahead[k] / look.clear)  # a quarter turn
             front = [np.where(ahead > 0, high[k], wide_low[k]), np.where(ahead < 0, low[k], wide_high[k])]
             plan.clear = np.concatenate([plan.clear, [front]])
         plan.placed.append(Placed(look, float(yaw[k]), base[k], int(support[k])))

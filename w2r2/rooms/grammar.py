@@ -6,136 +6,194 @@
 __all__ = ['to_text', 'to_tokens', 'with_articles', 'Grammar', 'parse']
 
 # %% ../../nbs/rooms/06_grammar.ipynb #e5a28bf7
-import random, re
+import random
+import re
 
 # %% ../../nbs/rooms/06_grammar.ipynb #5df73b31
 def to_text(tokens: list[str]) -> str:
     "Join tokens into a sentence."
     return re.sub(r" ([.,?])", r"\1", " ".join(tokens))
 
+
 def to_tokens(text: str) -> list[str]:
     "Split a sentence into lower-case words and punctuation."
     return re.findall(r"[a-z0-9-]+|[.,?]", text.lower())
 
+
 def with_articles(tokens: list[str]) -> list[str]:
     "Write 'an' for 'a' where the next word asks for it."
-    return ["an" if word == "a" and following.startswith(("a", "e", "i", "o", "u", "l-")) else word
-            for word, following in zip(tokens, tokens[1:] + [""])]
+    return [
+        "an" if word == "a" and following.startswith(("a", "e", "i", "o", "u", "l-")) else word
+        for word, following in zip(tokens, tokens[1:] + [""])
+    ]
 
 # %% ../../nbs/rooms/06_grammar.ipynb #43df2953
 class Grammar:
     "The recipe of the language, compiled for speaking and parsing."
-    context = ("noun", "nouns", "here", "area")
-    conditions = ("place", "rank", "most", "with", "fact")                 # ways to say a condition of a form
-    attributes = {"color": "color", "material": "material", "shape": "shape", "substance": "material"}   # slot -> key of a form
 
-    def __init__(self,
+    context = ("noun", "nouns", "here", "area")
+    conditions = ("place", "rank", "most", "with", "fact")  # ways to say a condition of a form
+    attributes = {
+        "color": "color",
+        "material": "material",
+        "shape": "shape",
+        "substance": "material",
+    }  # slot -> key of a form
+
+    def __init__(
+        self,
         recipe: dict,  # contents of grammar.yaml
     ):
         self.recipe, words = recipe, recipe["words"]
         nouns = words["noun"]
-        self.rules = {                                                    # name -> [(key, pattern)]
+        self.rules = {  # name -> [(key, pattern)]
             "noun": [(w, w.split()) for w in nouns],
             "nouns": [(w, nouns[w].get("plural", w + "s").split()) for w in nouns],
             "substance": [(w, entry["noun"].split()) for w, entry in words["material"].items()],
-            **{slot: [(w, w.split()) for w in words[slot]] for slot in ("color", "material", "shape")}}
+            **{slot: [(w, w.split()) for w in words[slot]] for slot in ("color", "material", "shape")},
+        }
         for name in (*self.conditions, "here", "area", "question"):
             self.rules[name] = [(key, p.split()) for key, patterns in recipe[name].items() for p in patterns]
         for name in ("anchor", "some", "thing", "things", "opening", "clause", "description"):
             self.rules[name] = [(None, p.split()) for p in recipe[name]]
-        self.options = {}                                                 # (name, key, signature) -> [pattern]
+        self.options = {}  # (name, key, signature) -> [pattern]
         for name, patterns in self.rules.items():
             for key, pattern in patterns:
                 slots = [s[1:-1] for s in pattern if s[0] == "{"]
                 unknown = [s for s in slots if s not in self.rules]
-                if unknown: raise ValueError(f"grammar: pattern {' '.join(pattern)!r} of {name!r} has the unknown slot {unknown[0]!r}; known are {', '.join(sorted(self.rules))}")
+                if unknown:
+                    raise ValueError(
+                        f"grammar: pattern {' '.join(pattern)!r} of {name!r} has the unknown slot {unknown[0]!r}; known are {', '.join(sorted(self.rules))}"
+                    )
                 signature = tuple(sorted(s for s in slots if s not in self.context))
                 self.options.setdefault((name, key, signature), []).append(pattern)
 
-    def can_say(self,
-        slot: str,        # one of `conditions`
+    def can_say(
+        self,
+        slot: str,  # one of `conditions`
         condition: dict,  # a condition of a form
     ) -> bool:
         "Whether a condition has a phrase of this sort."
-        return (slot, condition["rel"], tuple(sorted(_anchor_slot(a) for a in condition.get("anchors", ())))) in self.options
+        return (
+            slot,
+            condition["rel"],
+            tuple(sorted(_anchor_slot(a) for a in condition.get("anchors", ()))),
+        ) in self.options
 
-    def say(self,
-        name: str,                 # rule
-        parts: list[tuple],        # (slot, what to say there): everything must find its place
+    def say(
+        self,
+        name: str,  # rule
+        parts: list[tuple],  # (slot, what to say there): everything must find its place
         rng: random.Random,
-        key: str | None = None,    # entry of the rule, such as a relation
-        noun: str | None = None,   # what {noun} stands for
-        kind: str = "room",        # where we are: "room", "yard" or "street"
-    ) -> list[str]:                # tokens, articles not yet settled
+        key: str | None = None,  # entry of the rule, such as a relation
+        noun: str | None = None,  # what {noun} stands for
+        kind: str = "room",  # where we are: "room", "yard" or "street"
+    ) -> list[str]:  # tokens, articles not yet settled
         "Say all parts by a randomly chosen pattern of a rule."
         pattern = rng.choice(self.options[name, key, tuple(sorted(slot for slot, _ in parts))])
         queue, out = list(parts), []
         for symbol in pattern:
             slot = symbol[1:-1]
-            if symbol[0] != "{": out.append(symbol)
-            elif slot in ("noun", "nouns"): out += self.options[slot, noun, ()][0]
-            elif slot in self.context: out += self.say(slot, [], rng, kind)
-            else: out += self._fill(*queue.pop(next(i for i, part in enumerate(queue) if part[0] == slot)), rng, noun, kind)
+            if symbol[0] != "{":
+                out.append(symbol)
+            elif slot in ("noun", "nouns"):
+                out += self.options[slot, noun, ()][0]
+            elif slot in self.context:
+                out += self.say(slot, [], rng, kind)
+            else:
+                out += self._fill(
+                    *queue.pop(next(i for i, part in enumerate(queue) if part[0] == slot)), rng, noun, kind
+                )
         return out
 
     def _fill(self, slot, content, rng, noun, kind):
-        if slot in self.attributes: return self.options[slot, content, ()][0]
+        if slot in self.attributes:
+            return self.options[slot, content, ()][0]
         if slot in self.conditions:
-            return self.say(slot, [(_anchor_slot(a), a) for a in content.get("anchors", ())], rng, content["rel"], noun, kind)
-        if slot in ("anchor", "some"):                                      # a form of its own
+            return self.say(
+                slot, [(_anchor_slot(a), a) for a in content.get("anchors", ())], rng, content["rel"], noun, kind
+            )
+        if slot in ("anchor", "some"):  # a form of its own
             where = [(next(s for s in self.conditions if self.can_say(s, c)), c) for c in content.get("where", ())]
             return self.say(slot, [("thing", content), *where], rng, None, content["noun"], kind)
         if slot in ("thing", "things"):
-            return self.say(slot, [(a, content[a]) for a in ("shape", "color", "material") if a in content], rng, None, content["noun"], kind)
-        return self.say(slot, content, rng, None, noun, kind)               # a sentence: its parts
+            return self.say(
+                slot,
+                [(a, content[a]) for a in ("shape", "color", "material") if a in content],
+                rng,
+                None,
+                content["noun"],
+                kind,
+            )
+        return self.say(slot, content, rng, None, noun, kind)  # a sentence: its parts
 
-def _anchor_slot(form): return "some" if form.get("some") else "anchor"
+
+def _anchor_slot(form):
+    return "some" if form.get("some") else "anchor"
 
 # %% ../../nbs/rooms/06_grammar.ipynb #3d760d61
 def _merge(a, b):
     "Union of two meanings, or None where they contradict each other."
     out = dict(a)
     for key, value in b.items():
-        if key in ("where", "anchors"): out[key] = out.get(key, []) + value
-        elif out.setdefault(key, value) != value: return None
+        if key in ("where", "anchors"):
+            out[key] = out.get(key, []) + value
+        elif out.setdefault(key, value) != value:
+            return None
     return out
+
 
 def _meaning(name, key, inner):
     "Meaning of a rule whose parts mean `inner`."
-    if name in ("noun", "nouns"): return {"noun": key}
-    if name in Grammar.attributes: return {Grammar.attributes[name]: key}
-    if name in ("here", "area"): return {}
-    if name in Grammar.conditions: return {"where": [{"rel": key, **inner}]}
-    if name == "anchor": return {"anchors": [inner]}
-    if name == "some": return {"anchors": [{**inner, "some": True}]}
-    if name == "question": return {"kind": key, "about": inner["anchors"][0] if "anchors" in inner else inner}
+    if name in ("noun", "nouns"):
+        return {"noun": key}
+    if name in Grammar.attributes:
+        return {Grammar.attributes[name]: key}
+    if name in ("here", "area"):
+        return {}
+    if name in Grammar.conditions:
+        return {"where": [{"rel": key, **inner}]}
+    if name == "anchor":
+        return {"anchors": [inner]}
+    if name == "some":
+        return {"anchors": [{**inner, "some": True}]}
+    if name == "question":
+        return {"kind": key, "about": inner["anchors"][0] if "anchors" in inner else inner}
     return inner
 
+
 def parse(
-    tokens: list[str],             # lower-case words and punctuation
+    tokens: list[str],  # lower-case words and punctuation
     grammar: Grammar,
-    start: str = "description",    # or "question"
-) -> list[dict]:                   # every reading: forms, or programs of questions
+    start: str = "description",  # or "question"
+) -> list[dict]:  # every reading: forms, or programs of questions
     "All readings of a text; none if the grammar does not allow it."
     tokens = ["a" if t == "an" else t for t in tokens]
     memory = {}
 
     def rule(name, start):
         if (name, start) not in memory:
-            memory[name, start] = [(end, _meaning(name, key, inner)) for key, pattern in grammar.rules[name] for end, inner in sequence(pattern, start, {})]
+            memory[name, start] = [
+                (end, _meaning(name, key, inner))
+                for key, pattern in grammar.rules[name]
+                for end, inner in sequence(pattern, start, {})
+            ]
         return memory[name, start]
 
     def sequence(pattern, at, meaning):
-        if not pattern: return [(at, meaning)]
+        if not pattern:
+            return [(at, meaning)]
         if pattern[0][0] != "{":
             return sequence(pattern[1:], at + 1, meaning) if at < len(tokens) and tokens[at] == pattern[0] else []
         found = []
         for end, inner in rule(pattern[0][1:-1], at):
             merged = _merge(meaning, inner)
-            if merged is not None: found += sequence(pattern[1:], end, merged)
+            if merged is not None:
+                found += sequence(pattern[1:], end, merged)
         return found
 
     readings = []
     for end, meaning in rule(start, 0):
-        if end == len(tokens) and meaning not in readings: readings.append(meaning)
+        if end == len(tokens) and meaning not in readings:
+            readings.append(meaning)
     return readings

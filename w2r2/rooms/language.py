@@ -7,51 +7,70 @@ __all__ = ['numbers', 'Speaker', 'condition', 'point_out', 'enrich', 'wording', 
 
 # %% ../../nbs/rooms/07_language.ipynb #64280588
 import random
+
 import numpy as np
+
+from .grammar import Grammar, to_text, with_articles
 from .layout import Scene
 from .relations import Facts, evaluate, referent
-from .grammar import Grammar, to_text, with_articles
 
 # %% ../../nbs/rooms/07_language.ipynb #867676ea
 class Speaker:
     "What may be said of the items of one scene, and ways to point them out."
-    def __init__(self,
+
+    def __init__(
+        self,
         scene: Scene,
         visible: np.ndarray,  # (V, items) pixels of each item in each view
         rng: random.Random,
-        recipe: dict,         # contents of grammar.yaml
+        recipe: dict,  # contents of grammar.yaml
     ):
         self.facts, self.grammar, self.recipe, self.rng = Facts(scene, visible, recipe), Grammar(recipe), recipe, rng
         self.items = scene.items
         self.kind = scene.kind if scene.kind in recipe["here"] else "room"
-        self.words = {slot: {i: [] for i in self.facts.things} for slot in recipe["words"]}     # what may be said of each item
+        self.words = {
+            slot: {i: [] for i in self.facts.things} for slot in recipe["words"]
+        }  # what may be said of each item
         for slot, entries in recipe["words"].items():
             for w, entry in entries.items():
-                if scene.kind not in entry.get("kinds", [scene.kind]): continue
+                if scene.kind not in entry.get("kinds", [scene.kind]):
+                    continue
                 for i in self.facts.word(slot, w)[0]:
-                    if self.allowed(slot, i): self.words[slot][i].append(w)
+                    if self.allowed(slot, i):
+                        self.words[slot][i].append(w)
         for i, nouns in self.words["noun"].items():
-            if not nouns: raise ValueError(f"grammar: no noun names {self.items[i].category!r} of shape {self.items[i].shape!r} (object {i} of {scene.scene_id}); add it under words: noun:")
+            if not nouns:
+                raise ValueError(
+                    f"grammar: no noun names {self.items[i].category!r} of shape {self.items[i].shape!r} (object {i} of {scene.scene_id}); add it under words: noun:"
+                )
         self.names = {i: self._names(i) for i in sorted(self.facts.seen)}
-        self.about, self.described = self._about(), {}           # described: forms of anchors without a name, found when needed
+        self.about, self.described = self._about(), {}  # described: forms of anchors without a name, found when needed
 
-    def allowed(self,
-        rel: str,                  # relation or kind of word
+    def allowed(
+        self,
+        rel: str,  # relation or kind of word
         target: int,
         anchor: int | None = None,
     ) -> bool:
         "Whether the recipe's limits let a relation be said of a target and an anchor."
         limit = self.recipe["limits"].get(rel)
-        if not limit: return True
+        if not limit:
+            return True
         label = {self.items[target].category, f"{self.items[target].category}/{self.items[target].shape}"}
-        if not label.isdisjoint(limit.get("never", ())) or "targets" in limit and label.isdisjoint(limit["targets"]): return False
-        if anchor is None or "anchors" not in limit: return True
-        return not {self.items[anchor].category, f"{self.items[anchor].category}/{self.items[anchor].shape}"}.isdisjoint(limit["anchors"])
+        if not label.isdisjoint(limit.get("never", ())) or "targets" in limit and label.isdisjoint(limit["targets"]):
+            return False
+        if anchor is None or "anchors" not in limit:
+            return True
+        return not {
+            self.items[anchor].category,
+            f"{self.items[anchor].category}/{self.items[anchor].shape}",
+        }.isdisjoint(limit["anchors"])
 
     def _names(self, i):
         forms = [{"noun": noun} for noun in self.words["noun"][i]]
         unique = [f for f in forms if referent(f, self.facts) == i]
-        if unique: return unique
+        if unique:
+            return unique
         forms = [{**f, slot: w} for f in forms for slot in ("color", "material", "shape") for w in self.words[slot][i]]
         return [f for f in forms if referent(f, self.facts) == i]
 
@@ -59,24 +78,27 @@ class Speaker:
         seen, about = self.facts.seen, {i: [] for i in self.facts.seen}
         for rel in self.facts.places:
             for i in self.facts.place(rel)[0] & seen:
-                if self.allowed(rel, i): about[i].append((rel, ()))
+                if self.allowed(rel, i):
+                    about[i].append((rel, ()))
         for rel, table in self.facts.tables.items():
             for i, a in np.argwhere(table == 2).tolist():
-                if i in seen and a in seen and self.allowed(rel, i, a): about[i].append((rel, (a,)))
+                if i in seen and a in seen and self.allowed(rel, i, a):
+                    about[i].append((rel, (a,)))
         named = [i for i in self.names if self.names[i]]
         for _ in range(12 if len(named) > 2 else 0):
             first, second = self.rng.sample(named, 2)
             for i in self.facts.between(first, second)[0] & seen:
-                if self.allowed("between", i): about[i].append(("between", (first, second)))
+                if self.allowed("between", i):
+                    about[i].append(("between", (first, second)))
         return about
 
 # %% ../../nbs/rooms/07_language.ipynb #791289ae
 def condition(
     speaker: Speaker,
     rel: str,
-    anchors: tuple,      # ids
-    nested: bool = True, # whether an anchor may be described by a relation of its own
-) -> dict | None:        # a condition of a form, or None if it cannot be said
+    anchors: tuple,  # ids
+    nested: bool = True,  # whether an anchor may be described by a relation of its own
+) -> dict | None:  # a condition of a form, or None if it cannot be said
     "Name the anchors of a relation."
     rng, forms = speaker.rng, []
     indefinite = rel in Facts.inverse or rel == "next to" and rng.random() < 0.2
@@ -84,13 +106,19 @@ def condition(
         if indefinite:
             slot = rng.choice(("noun", "color"))
             colors = speaker.words["color"][a] if slot == "color" else ()
-            forms.append({"noun": rng.choice(speaker.words["noun"][a]), **({"color": colors[0]} if colors else {}), "some": True})
-        elif speaker.names[a]: forms.append(rng.choice(speaker.names[a]))
+            forms.append(
+                {"noun": rng.choice(speaker.words["noun"][a]), **({"color": colors[0]} if colors else {}), "some": True}
+            )
+        elif speaker.names[a]:
+            forms.append(rng.choice(speaker.names[a]))
         else:
-            if not nested or len(anchors) > 1: return None
-            if a not in speaker.described: speaker.described[a] = point_out(speaker, a, nested=False)
+            if not nested or len(anchors) > 1:
+                return None
+            if a not in speaker.described:
+                speaker.described[a] = point_out(speaker, a, nested=False)
             form = speaker.described[a]
-            if form is None or any(c["rel"] not in speaker.recipe["nested"] for c in form.get("where", ())): return None
+            if form is None or any(c["rel"] not in speaker.recipe["nested"] for c in form.get("where", ())):
+                return None
             forms.append(form)
     return {"rel": rel, "anchors": forms} if forms else {"rel": rel}
 
@@ -99,66 +127,91 @@ def point_out(
     speaker: Speaker,
     target: int,
     nested: bool = True,
-) -> dict | None:    # a form, or None after a bounded search
+) -> dict | None:  # a form, or None after a bounded search
     "A form that fits the target and nothing else, as short as the search finds it."
     rng, facts, words = speaker.rng, speaker.facts, speaker.words
     noun = {"noun": rng.choice(words["noun"][target])}
-    if referent(noun, facts) == target: return noun
+    if referent(noun, facts) == target:
+        return noun
     attributes = [{slot: w} for slot in ("color", "material", "shape") for w in words[slot][target]]
-    alike = len(facts.word("noun", noun["noun"])[0]) > 1              # a comparison needs something to compare with
+    alike = len(facts.word("noun", noun["noun"])[0]) > 1  # a comparison needs something to compare with
     attributes += [{"where": [{"rel": rel}]} for rel in facts.beats if alike and speaker.allowed(rel, target)]
     single = [a for a in attributes if "where" not in a]
-    attributes += [{**a, **b} for a in single for b in single if list(a) < list(b)]      # pairs of different slots, each once
+    attributes += [
+        {**a, **b} for a in single for b in single if list(a) < list(b)
+    ]  # pairs of different slots, each once
     rng.shuffle(attributes)
     relations = rng.sample(speaker.about[target], min(8, len(speaker.about[target])))
-    named = [a for a, names in speaker.names.items() if names and speaker.items[a].category != speaker.items[target].category]
-    relations += [("closest to" if rng.random() < 0.6 else "farthest from", (a,)) for a in rng.sample(named, min(3, len(named))) if alike]
+    named = [
+        a for a, names in speaker.names.items() if names and speaker.items[a].category != speaker.items[target].category
+    ]
+    relations += [
+        ("closest to" if rng.random() < 0.6 else "farthest from", (a,))
+        for a in rng.sample(named, min(3, len(named)))
+        if alike
+    ]
     rng.shuffle(relations)
     relational = rng.random() < speaker.recipe["relational"]
 
     def by_relation():
         for rel, anchors in relations:
             c = condition(speaker, rel, anchors, nested)
-            if c and any(speaker.grammar.can_say(s, c) for s in Grammar.conditions): yield {"where": [c]}
+            if c and any(speaker.grammar.can_say(s, c) for s in Grammar.conditions):
+                yield {"where": [c]}
 
     for tries in (by_relation(), attributes) if relational else (attributes, by_relation()):
         for more in tries:
             form = {**noun, **more}
-            if referent(form, facts) == target: return form
-    for more in by_relation():                                    # an attribute and a relation together
+            if referent(form, facts) == target:
+                return form
+    for more in by_relation():  # an attribute and a relation together
         form = {**noun, **more, **{slot: words[slot][target][0] for slot in ("color", "shape") if words[slot][target]}}
-        if referent(form, facts) == target: return form
+        if referent(form, facts) == target:
+            return form
     return None
 
 # %% ../../nbs/rooms/07_language.ipynb #8f92bc8a
 def enrich(
     speaker: Speaker,
-    form: dict,      # fits the target only
+    form: dict,  # fits the target only
     target: int,
 ) -> dict:
     "Add true attributes and relations."
     rng, form = speaker.rng, {**form, "where": list(form.get("where", ()))}
     for slot, chance in (("color", 0.5), ("shape", 0.3), ("material", 0.2)):
-        if slot not in form and speaker.words[slot][target] and rng.random() < chance: form[slot] = rng.choice(speaker.words[slot][target])
+        if slot not in form and speaker.words[slot][target] and rng.random() < chance:
+            form[slot] = rng.choice(speaker.words[slot][target])
     wanted = rng.choice((1, 1, 2, 2, 2, 3))
-    seldom, spoken_of = speaker.recipe["seldom"], set().union({target}, *(_anchors(c, speaker.facts) for c in form["where"]))
+    seldom, spoken_of = (
+        speaker.recipe["seldom"],
+        set().union({target}, *(_anchors(c, speaker.facts) for c in form["where"])),
+    )
     for rel, anchors in rng.sample(speaker.about[target], min(8, len(speaker.about[target]))):
-        if len(form["where"]) >= wanted: break
-        if rng.random() > seldom.get(rel, 1) or not anchors and any("anchors" not in c for c in form["where"]): continue
+        if len(form["where"]) >= wanted:
+            break
+        if rng.random() > seldom.get(rel, 1) or not anchors and any("anchors" not in c for c in form["where"]):
+            continue
         c = condition(speaker, rel, anchors, nested=False)
-        if c is None or any(c["rel"] == d["rel"] for d in form["where"]) or not spoken_of.isdisjoint(_anchors(c, speaker.facts)): continue
+        if (
+            c is None
+            or any(c["rel"] == d["rel"] for d in form["where"])
+            or not spoken_of.isdisjoint(_anchors(c, speaker.facts))
+        ):
+            continue
         if any(speaker.grammar.can_say(s, c) for s in Grammar.conditions):
             form["where"].append(c)
             spoken_of |= _anchors(c, speaker.facts)
     return form
 
-def _anchors(condition, facts): return set().union(*(evaluate(a, facts)[0] for a in condition.get("anchors", ())))
+
+def _anchors(condition, facts):
+    return set().union(*(evaluate(a, facts)[0] for a in condition.get("anchors", ())))
 
 # %% ../../nbs/rooms/07_language.ipynb #524cef7f
 def wording(
     speaker: Speaker,
-    form: dict,       # noun, attributes and at most three conditions
-) -> list[str]:       # tokens
+    form: dict,  # noun, attributes and at most three conditions
+) -> list[str]:  # tokens
     "Say a form in one to three sentences."
     rng, say, can_say = speaker.rng, speaker.grammar.say, speaker.grammar.can_say
     conditions = rng.sample(form["where"], len(form["where"]))
@@ -167,13 +220,15 @@ def wording(
     opening = [first] if first and (len(conditions) > 2 or rng.random() < 0.75) else []
     conditions = [c for c in conditions if not opening or c is not first[1]]
     clauses = [[(rng.choice([s for s in ("place", "rank", "most", "fact") if can_say(s, c)]), c)] for c in conditions]
-    if len(clauses) < 2 and rng.random() < 0.35:                   # an attribute gets a sentence of its own, or joins a place
+    if len(clauses) < 2 and rng.random() < 0.35:  # an attribute gets a sentence of its own, or joins a place
         slot = rng.choice([s for s in ("color", "substance", "shape") if Grammar.attributes[s] in thing] or [None])
-        if slot and (slot != "shape" or thing["shape"] in speaker.recipe["geometric"]):       # "the door is single" is odd
+        if slot and (slot != "shape" or thing["shape"] in speaker.recipe["geometric"]):  # "the door is single" is odd
             trait = (slot, thing.pop(Grammar.attributes[slot]))
             joint = [c for c in clauses if c[0][0] == "place"] if slot == "color" else []
-            if joint: joint[0].insert(0, trait)
-            else: clauses.insert(rng.randrange(len(clauses) + 1), [trait])
+            if joint:
+                joint[0].insert(0, trait)
+            else:
+                clauses.insert(rng.randrange(len(clauses) + 1), [trait])
     parts = [("opening", [("thing", thing), *opening]), *(("clause", c) for c in clauses)]
     return with_articles(say("description", parts, rng, noun=form["noun"], kind=speaker.kind))
 
@@ -185,64 +240,92 @@ def kind_of(
     "What a form needs to be unambiguous, the simplest reason first."
     noun, attributes = {"noun": form["noun"]}, {k: form[k] for k in ("color", "shape", "material") if k in form}
     where = form.get("where", [])
-    if referent(noun, facts) is not None: return "unique", None
+    if referent(noun, facts) is not None:
+        return "unique", None
     for slot, value in attributes.items():
-        if referent({**noun, slot: value}, facts) is not None: return slot, None
-    if referent({**noun, **attributes}, facts) is not None: return "attributes", None
+        if referent({**noun, slot: value}, facts) is not None:
+            return slot, None
+    if referent({**noun, **attributes}, facts) is not None:
+        return "attributes", None
     for c in where:
-        if c["rel"] in facts.beats and referent({**noun, **attributes, "where": [c]}, facts) is not None: return "size", c["rel"]
-    return "relation", next((c["rel"] for c in where if referent({**noun, **attributes, "where": [c]}, facts) is not None), "several")
+        if c["rel"] in facts.beats and referent({**noun, **attributes, "where": [c]}, facts) is not None:
+            return "size", c["rel"]
+    return "relation", next(
+        (c["rel"] for c in where if referent({**noun, **attributes, "where": [c]}, facts) is not None), "several"
+    )
 
 # %% ../../nbs/rooms/07_language.ipynb #280a879e
 def describe(
     scene: Scene,
-    visible: np.ndarray,       # (V, items) pixels of each item in each view
+    visible: np.ndarray,  # (V, items) pixels of each item in each view
     rng: np.random.Generator,
-    grammar: dict,             # contents of grammar.yaml
-) -> tuple[list, list]:        # ScanRefer records, and for each its kind, deciding relation and form
+    grammar: dict,  # contents of grammar.yaml
+) -> tuple[list, list]:  # ScanRefer records, and for each its kind, deciding relation and form
     "Describe each visible object in several ways; objects that cannot be told from their like are left out."
-    speaker = Speaker(scene, visible, random.Random(int(rng.integers(2 ** 62))), grammar)
+    speaker = Speaker(scene, visible, random.Random(int(rng.integers(2**62))), grammar)
     records, programs = [], []
     for target in speaker.names:
         said, alone = [], any(len(f) == 1 for f in speaker.names[target])
         wanted = grammar["descriptions"]["alone" if alone else "among others"]
         for _ in range(2 * wanted):
             form = point_out(speaker, target)
-            if form is None: continue
+            if form is None:
+                continue
             form = enrich(speaker, form, target)
             tokens = wording(speaker, form)
-            if tokens in said: continue
+            if tokens in said:
+                continue
             kind, relation = kind_of(form, speaker.facts)
-            records.append({"scene_id": scene.scene_id, "object_id": str(target), "object_name": scene.items[target].category.replace(" ", "_"),
-                            "ann_id": str(len(said)), "description": to_text(tokens), "token": tokens})
+            records.append(
+                {
+                    "scene_id": scene.scene_id,
+                    "object_id": str(target),
+                    "object_name": scene.items[target].category.replace(" ", "_"),
+                    "ann_id": str(len(said)),
+                    "description": to_text(tokens),
+                    "token": tokens,
+                }
+            )
             programs.append({"kind": kind, "relation": relation, "form": form})
             said.append(tokens)
-            if len(said) == wanted: break
+            if len(said) == wanted:
+                break
     return records, programs
 
 # %% ../../nbs/rooms/07_language.ipynb #7b7afc3f
 numbers = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
+
 def answer(
-    program: dict,     # {"kind", "about"}: what is asked, and of which form
+    program: dict,  # {"kind", "about"}: what is asked, and of which form
     speaker: Speaker,
 ) -> tuple[list[str], list[int]] | None:  # all valid answers, ids of the objects; None where the facts do not decide
     "Answer a question from the facts."
     facts, kind, about = speaker.facts, program["kind"], program["about"]
     sure, maybe = evaluate(about, facts)
-    if not sure or sure != maybe or not sure <= facts.seen: return None
+    if not sure or sure != maybe or not sure <= facts.seen:
+        return None
     ids = sorted(sure)
-    if kind == "count": return ([str(len(ids)), numbers[len(ids)]], ids) if len(ids) < len(numbers) else None
-    if len(ids) > 1: return None
+    if kind == "count":
+        return ([str(len(ids)), numbers[len(ids)]], ids) if len(ids) < len(numbers) else None
+    if len(ids) > 1:
+        return None
     words = {slot: said[ids[0]] for slot, said in speaker.words.items()}
     match kind:
-        case "what": found = words["noun"]
-        case "color": found = words["color"]
-        case "material": found = [facts.words["material"][w]["noun"] for w in words["material"]]
-        case "shape": found = [w for w in words["shape"] if w in speaker.recipe["geometric"]]
-        case "type": found = [w for w in speaker.recipe["types"].get(about["noun"], ()) if w in words["noun"]]
-        case "where": found = _whereabouts(ids[0], speaker)
+        case "what":
+            found = words["noun"]
+        case "color":
+            found = words["color"]
+        case "material":
+            found = [facts.words["material"][w]["noun"] for w in words["material"]]
+        case "shape":
+            found = [w for w in words["shape"] if w in speaker.recipe["geometric"]]
+        case "type":
+            found = [w for w in speaker.recipe["types"].get(about["noun"], ()) if w in words["noun"]]
+        case "where":
+            found = _whereabouts(ids[0], speaker)
     return (found, ids) if found else None
+
 
 def _whereabouts(target, speaker):
     "The places of an item in few words: the first phrase of each relation, with each short name of its anchor."
@@ -250,8 +333,11 @@ def _whereabouts(target, speaker):
     for rel in speaker.recipe["whereabouts"]:
         for anchors in (a for r, a in speaker.about[target] if r == rel):
             for name in [n for a in anchors for n in speaker.names[a]] or [None] * (not anchors):
-                words = {"{anchor}": name and " ".join(["the", *(name[s] for s in ("shape", "color", "material", "noun") if s in name)]),
-                         "{area}": " ".join(options["area", speaker.kind, ()][0])}
+                words = {
+                    "{anchor}": name
+                    and " ".join(["the", *(name[s] for s in ("shape", "color", "material", "noun") if s in name)]),
+                    "{area}": " ".join(options["area", speaker.kind, ()][0]),
+                }
                 found.append(" ".join(words.get(w, w) for w in options["place", rel, ("anchor",) * len(anchors)][0]))
     return found
 
@@ -263,41 +349,63 @@ def _propose(speaker, kind):
     noun = rng.choice(speaker.words["noun"][target])
     if kind in ("what", "type", "count"):
         about = {} if kind == "what" else {"noun": noun}
-        if kind == "count" and rng.random() < 0.3 and speaker.words["color"][target]: return {**about, "color": speaker.words["color"][target][0]}
-        if kind == "count" and rng.random() < 0.6: return about
+        if kind == "count" and rng.random() < 0.3 and speaker.words["color"][target]:
+            return {**about, "color": speaker.words["color"][target][0]}
+        if kind == "count" and rng.random() < 0.6:
+            return about
         fact = rng.choice(speaker.about[target] or [None])
-        if fact is None or kind == "count" and fact[0] not in speaker.recipe["whereabouts"]: return None
+        if fact is None or kind == "count" and fact[0] not in speaker.recipe["whereabouts"]:
+            return None
         place = condition(speaker, *fact)
-        if not sayable(place, "place") or any(a.get("some") for a in place.get("anchors", ())): return None
+        if not sayable(place, "place") or any(a.get("some") for a in place.get("anchors", ())):
+            return None
         return {**about, "where": [place]}
-    about = rng.choice(speaker.names[target]) if speaker.names[target] and rng.random() < 0.7 else point_out(speaker, target)
-    if about is None or kind in about or kind == "where" and "where" in about: return None
+    about = (
+        rng.choice(speaker.names[target])
+        if speaker.names[target] and rng.random() < 0.7
+        else point_out(speaker, target)
+    )
+    if about is None or kind in about or kind == "where" and "where" in about:
+        return None
     return about if all(sayable(c, "place", "rank", "most", "with") for c in about.get("where", ())) else None
 
 # %% ../../nbs/rooms/07_language.ipynb #5479a2bb
 def ask(
     scene: Scene,
-    visible: np.ndarray,       # (V, items) pixels of each item in each view
+    visible: np.ndarray,  # (V, items) pixels of each item in each view
     rng: np.random.Generator,
-    grammar: dict,             # contents of grammar.yaml
-    split_name: str,           # first part of the question ids
-) -> tuple[list, list]:        # ScanQA records, and for each its program: kind and form
+    grammar: dict,  # contents of grammar.yaml
+    split_name: str,  # first part of the question ids
+) -> tuple[list, list]:  # ScanQA records, and for each its program: kind and form
     "Ask about a scene what its views can answer."
-    speaker = Speaker(scene, visible, random.Random(int(rng.integers(2 ** 62))), grammar)
+    speaker = Speaker(scene, visible, random.Random(int(rng.integers(2**62))), grammar)
     records, programs, asks = [], [], grammar["asks"]
     for _ in range(3 * grammar["questions"] if speaker.facts.seen else 0):
-        kind, = speaker.rng.choices(list(asks), asks.values())
-        for _ in range(4):                                       # some kinds of question rarely have an answer
+        (kind,) = speaker.rng.choices(list(asks), asks.values())
+        for _ in range(4):  # some kinds of question rarely have an answer
             about = _propose(speaker, kind)
             program = {"kind": kind, "about": about}
             found = about is not None and program not in programs and answer(program, speaker)
-            if found and (kind != "count" or len(found[1]) > 1 or speaker.rng.random() < 0.25): break    # counts of one are dull
-        else: continue
+            if found and (kind != "count" or len(found[1]) > 1 or speaker.rng.random() < 0.25):
+                break  # counts of one are dull
+        else:
+            continue
         where = [("place", c) for c in about.get("where", ())]
         parts = {"what": where, "type": where, "count": [("things", about), *where]}.get(kind, [("anchor", about)])
-        tokens = with_articles(speaker.grammar.say("question", parts, speaker.rng, kind, about.get("noun"), speaker.kind))
-        records.append({"scene_id": scene.scene_id, "object_ids": found[1], "object_names": [scene.items[i].category.replace(" ", "_") for i in found[1]],
-                        "question_id": f"{split_name}-{scene.scene_id.split('_')[0]}-{len(records)}", "question": to_text(tokens), "answers": found[0]})
+        tokens = with_articles(
+            speaker.grammar.say("question", parts, speaker.rng, kind, about.get("noun"), speaker.kind)
+        )
+        records.append(
+            {
+                "scene_id": scene.scene_id,
+                "object_ids": found[1],
+                "object_names": [scene.items[i].category.replace(" ", "_") for i in found[1]],
+                "question_id": f"{split_name}-{scene.scene_id.split('_')[0]}-{len(records)}",
+                "question": to_text(tokens),
+                "answers": found[0],
+            }
+        )
         programs.append(program)
-        if len(records) == grammar["questions"]: break
+        if len(records) == grammar["questions"]:
+            break
     return records, programs

@@ -7,8 +7,10 @@ __all__ = ['SLAB', 'THICK', 'Item', 'Scene', 'enclose', 'draw_counts', 'furnish'
 
 # %% ../../nbs/rooms/02_layout.ipynb #bb2f4b90
 from dataclasses import dataclass, replace
+
 import numpy as np
 from scipy import ndimage
+
 from .furniture import Look, Material, Placed, Plan, draw_look, draw_material, pick, place
 from .shapes import build_template
 
@@ -16,121 +18,168 @@ from .shapes import build_template
 @dataclass
 class Item:
     "One furnished instance: one object of a ScanNet annotation."
-    id: int           # 0-based objectId and index into `Scene.items`
-    category: str     # raw label: "chair", "shower curtain", ...
-    shape: str        # variant as a speaker would say it: "armchair", "round", ...
-    color: str        # named colour of its main finish
-    material: str     # material of its main finish
-    box: np.ndarray   # (6,) axis-aligned bounds of its own mesh (cx, cy, cz, dx, dy, dz) [m]
-    yaw: float        # direction of its front [rad], 0 = +x; nan if it has no front
-    support: int      # id of the item it stands on or hangs on; -1 for floor, ground, walls and ceiling
-    near_wall: bool   # stands against or hangs on a wall
+
+    id: int  # 0-based objectId and index into `Scene.items`
+    category: str  # raw label: "chair", "shower curtain", ...
+    shape: str  # variant as a speaker would say it: "armchair", "round", ...
+    color: str  # named colour of its main finish
+    material: str  # material of its main finish
+    box: np.ndarray  # (6,) axis-aligned bounds of its own mesh (cx, cy, cz, dx, dy, dz) [m]
+    yaw: float  # direction of its front [rad], 0 = +x; nan if it has no front
+    support: int  # id of the item it stands on or hangs on; -1 for floor, ground, walls and ceiling
+    near_wall: bool  # stands against or hangs on a wall
 
 # %% ../../nbs/rooms/02_layout.ipynb #09aeb204
 @dataclass
 class Scene:
     "A furnished scene: one mesh whose every vertex and face belongs to one item."
-    scene_id: str              # "scene0000_00"
-    kind: str                  # "bedroom", "living room", "office", "kitchen", "bathroom", "yard" or "street"
-    size: np.ndarray           # (3,) extent of the floor and height [m]; the floor spans [0, sx] x [0, sy] at z = 0
-    items: list[Item]          # floor or ground first, then walls, fences and ceiling, then furniture
-    vertices: np.ndarray       # (N, 3) float32 [m]
-    faces: np.ndarray          # (F, 3) int32, oriented outwards
-    face_item: np.ndarray      # (F,) int32 item id
+
+    scene_id: str  # "scene0000_00"
+    kind: str  # "bedroom", "living room", "office", "kitchen", "bathroom", "yard" or "street"
+    size: np.ndarray  # (3,) extent of the floor and height [m]; the floor spans [0, sx] x [0, sy] at z = 0
+    items: list[Item]  # floor or ground first, then walls, fences and ceiling, then furniture
+    vertices: np.ndarray  # (N, 3) float32 [m]
+    faces: np.ndarray  # (F, 3) int32, oriented outwards
+    face_item: np.ndarray  # (F,) int32 item id
     face_material: np.ndarray  # (F,) int32 index into `materials`
     materials: list[Material]
-    free: np.ndarray           # (P, 2) points of the floor where a person could stand, connected [m]
+    free: np.ndarray  # (P, 2) points of the floor where a person could stand, connected [m]
 
 # %% ../../nbs/rooms/02_layout.ipynb #bd5711ca
-SLAB = build_template({'finish': {'main': []}, 'parts': [{'box': [0, 1, 0, 1, 0, 1]}]}, {'box': {'sides': 4, 'rings': [[0, 1], [1, 1]]}})
-THICK = .1  # of floor, walls and ceiling [m]
+SLAB = build_template(
+    {"finish": {"main": []}, "parts": [{"box": [0, 1, 0, 1, 0, 1]}]}, {"box": {"sides": 4, "rings": [[0, 1], [1, 1]]}}
+)
+THICK = 0.1  # of floor, walls and ceiling [m]
+
 
 def enclose(
-    kind: dict,        # an entry of the catalogue's `kinds`
+    kind: dict,  # an entry of the catalogue's `kinds`
     catalogue: dict,
-    scale: float,      # factor on the sides
+    scale: float,  # factor on the sides
     rng: np.random.Generator,
 ) -> Plan:
     "An empty scene: floor, borders and ceiling."
-    size = np.array([rng.uniform(low, high) for low, high in kind['size']]) * [scale, scale, 1]
+    size = np.array([rng.uniform(low, high) for low, high in kind["size"]]) * [scale, scale, 1]
     placed, borders, zones = [], {}, {}
-    def slab(category, shape, size, options, base, yaw=0.):
+
+    def slab(category, shape, size, options, base, yaw=0.0):
         material = options if isinstance(options, Material) else draw_material(options, catalogue, rng)
-        placed.append(Placed(Look(category, shape, np.array(size), 1., [material], SLAB, [], 0., category == 'wall'), yaw, np.array(base), -1))
-    for name, part in kind['floor'].items():
-        low, high = np.array(part['span']) * size[1]
+        placed.append(
+            Placed(
+                Look(category, shape, np.array(size), 1.0, [material], SLAB, [], 0.0, category == "wall"),
+                yaw,
+                np.array(base),
+                -1,
+            )
+        )
+
+    for name, part in kind["floor"].items():
+        low, high = np.array(part["span"]) * size[1]
         zones[name] = (low, high, len(placed))
-        slab('floor' if 'ceiling' in kind else 'ground', name, [size[0], high - low, THICK], part['finish'], [size[0] / 2, (low + high) / 2, -THICK])
-    paint, fence = draw_material(kind['walls'], catalogue, rng), None
-    for side, category in enumerate(kind['borders']):
-        if category is None: continue
+        slab(
+            "floor" if "ceiling" in kind else "ground",
+            name,
+            [size[0], high - low, THICK],
+            part["finish"],
+            [size[0] / 2, (low + high) / 2, -THICK],
+        )
+    paint, fence = draw_material(kind["walls"], catalogue, rng), None
+    for side, category in enumerate(kind["borders"]):
+        if category is None:
+            continue
         borders[side], yaw = len(placed), side * np.pi / 2
         length, depth = size[1 - side % 2], THICK
-        if category == 'fence':
-            fence = fence or draw_look('fence', None, catalogue, 1., size[2], rng)
+        if category == "fence":
+            fence = fence or draw_look("fence", None, catalogue, 1.0, size[2], rng)
             depth = fence.size[0]
         middle = -depth / 2 if side < 2 else size[side % 2] + depth / 2
-        base = [length / 2, middle, 0.] if side % 2 else [middle, length / 2, 0.]
-        if category == 'wall': slab('wall', 'plain', [depth, length, size[2]], paint, base, yaw)
-        else: placed.append(Placed(replace(fence, size=np.array([depth, length, fence.size[2]])), yaw, np.array(base), zones[next(iter(zones))][2]))
-    if 'ceiling' in kind: slab('ceiling', 'plain', [*size[:2], THICK], kind['ceiling'], [*size[:2] / 2, size[2]])
+        base = [length / 2, middle, 0.0] if side % 2 else [middle, length / 2, 0.0]
+        if category == "wall":
+            slab("wall", "plain", [depth, length, size[2]], paint, base, yaw)
+        else:
+            placed.append(
+                Placed(
+                    replace(fence, size=np.array([depth, length, fence.size[2]])),
+                    yaw,
+                    np.array(base),
+                    zones[next(iter(zones))][2],
+                )
+            )
+    if "ceiling" in kind:
+        slab("ceiling", "plain", [*size[:2], THICK], kind["ceiling"], [*size[:2] / 2, size[2]])
     return Plan(size, placed, borders, zones)
 
 # %% ../../nbs/rooms/02_layout.ipynb #61d1737f
 def draw_counts(
-    furniture: dict,    # {category: {count: [always, share, most]}} of a kind of scene
-    total: int,         # number of objects
-    clutter: float,     # share of the rest drawn as small things or as more of the same
-    categories: dict,   # the catalogue's, which say what is small or fixed
+    furniture: dict,  # {category: {count: [always, share, most]}} of a kind of scene
+    total: int,  # number of objects
+    clutter: float,  # share of the rest drawn as small things or as more of the same
+    categories: dict,  # the catalogue's, which say what is small or fixed
     rng: np.random.Generator,
-) -> dict:              # {category: count}
+) -> dict:  # {category: count}
     "How many of each category, `total` in all; fewer only where every category has reached its most."
-    counts = {category: entry['count'][0] for category, entry in furniture.items()}
+    counts = {category: entry["count"][0] for category, entry in furniture.items()}
+
     def shares(crowd):
-        most = {c: entry['count'][2] for c, entry in furniture.items()}
-        if crowd: most = {c: 2 * n for c, n in most.items() if categories[c].get('small') or counts[c] and not categories[c].get('fixed')}
-        return {c: furniture[c]['count'][1] * (1 + counts[c]) for c, n in most.items() if counts[c] < n}
+        most = {c: entry["count"][2] for c, entry in furniture.items()}
+        if crowd:
+            most = {
+                c: 2 * n
+                for c, n in most.items()
+                if categories[c].get("small") or counts[c] and not categories[c].get("fixed")
+            }
+        return {c: furniture[c]["count"][1] * (1 + counts[c]) for c, n in most.items() if counts[c] < n}
+
     while sum(counts.values()) < total:
         crowd = rng.random() < clutter
         choices = shares(crowd) or shares(not crowd)
-        if not choices: break
+        if not choices:
+            break
         counts[pick(rng, choices)] += 1
     return counts
 
 # %% ../../nbs/rooms/02_layout.ipynb #e92353e4
 def furnish(
     plan: Plan,
-    kind: dict,          # an entry of the catalogue's `kinds`
+    kind: dict,  # an entry of the catalogue's `kinds`
     catalogue: dict,
-    total: int,          # number of objects
-    clutter: float,      # see draw_counts
-    scale: float,        # object scale
+    total: int,  # number of objects
+    clutter: float,  # see draw_counts
+    scale: float,  # object scale
     rng: np.random.Generator,
 ) -> None:
     "Draw furniture and place it; what finds no place is replaced by small things."
-    categories = catalogue['categories']
+    categories = catalogue["categories"]
+
     def add(category):
         twins = [plan.placed[k].look for k in plan.hosts([category])]
-        if twins and rng.random() < categories[category].get('twin', 0): look = twins[rng.integers(len(twins))]
-        else: look = draw_look(category, kind['furniture'][category].get('shapes'), catalogue, scale, plan.size[2] - .1, rng)
+        if twins and rng.random() < categories[category].get("twin", 0):
+            look = twins[rng.integers(len(twins))]
+        else:
+            look = draw_look(
+                category, kind["furniture"][category].get("shapes"), catalogue, scale, plan.size[2] - 0.1, rng
+            )
         return place(plan, look, rng)
-    for category, count in draw_counts(kind['furniture'], total, clutter, categories, rng).items():
-        for _ in range(count): add(category)
-    fillers = {c: e['count'][1] for c, e in kind['furniture'].items() if categories[c].get('small')}
+
+    for category, count in draw_counts(kind["furniture"], total, clutter, categories, rng).items():
+        for _ in range(count):
+            add(category)
+    fillers = {c: e["count"][1] for c, e in kind["furniture"].items() if categories[c].get("small")}
     for _ in range(2 * total):
-        if len(plan.placed) - plan.structure >= total: break
+        if len(plan.placed) - plan.structure >= total:
+            break
         add(pick(rng, fillers))
 
 # %% ../../nbs/rooms/02_layout.ipynb #273a110f
 def free_points(
     plan: Plan,
-    step: float = .25,   # of the grid [m]
-    away: float = .25,   # distance to furniture [m]
-    border: float = .3,  # distance to the edge of the floor [m]
-) -> np.ndarray:         # (P, 2) [m]
+    step: float = 0.25,  # of the grid [m]
+    away: float = 0.25,  # distance to furniture [m]
+    border: float = 0.3,  # distance to the edge of the floor [m]
+) -> np.ndarray:  # (P, 2) [m]
     "The largest connected set of grid points where a person could stand."
     x, y = (np.arange(border, s - border + 1e-9, step) for s in plan.size[:2])
-    grid = np.stack(np.meshgrid(x, y, indexing='ij'), -1)
+    grid = np.stack(np.meshgrid(x, y, indexing="ij"), -1)
     low, high = plan.box[plan.box[:, 0, 2] < 1.9].transpose(1, 0, 2)[:, :, :2]
     gap = np.maximum(low - grid[:, :, None], grid[:, :, None] - high).max(-1)
     parts, _ = ndimage.label((gap > away).all(-1))
@@ -149,42 +198,78 @@ def assemble(
     vertices, faces, face_item, face_material, items, materials, n = [], [], [], [], [], {}, 0
     for i, placed in enumerate(plan.placed):
         look = placed.look
-        c, s = np.round([np.cos(placed.yaw), np.sin(placed.yaw)], 12)   # quarter turns are exact
-        mesh = (look.template.mesh(look.size, look.scale) @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) + placed.base).astype(np.float32)
+        c, s = np.round([np.cos(placed.yaw), np.sin(placed.yaw)], 12)  # quarter turns are exact
+        mesh = (
+            look.template.mesh(look.size, look.scale) @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) + placed.base
+        ).astype(np.float32)
         low, high = mesh.min(0).astype(float), mesh.max(0).astype(float)
         distance = [np.r_[low[:2], plan.size[:2] - high[:2]][side] for side in plan.walls()]
         standing = i >= plan.structure and placed.support < plan.structure
         yaw = np.pi - (np.pi - placed.yaw) % (2 * np.pi) if look.front else np.nan
         main = look.finish[0]
-        items.append(Item(i, look.category, look.shape, main.color, main.name, np.r_[(low + high) / 2, high - low], float(yaw), placed.support,
-                          bool(standing and min(distance, default=1) < .15)))
+        items.append(
+            Item(
+                i,
+                look.category,
+                look.shape,
+                main.color,
+                main.name,
+                np.r_[(low + high) / 2, high - low],
+                float(yaw),
+                placed.support,
+                bool(standing and min(distance, default=1) < 0.15),
+            )
+        )
         used = np.array([materials.setdefault(m, len(materials)) for m in look.finish])
-        vertices.append(mesh); faces.append(look.template.faces + n); n += len(mesh)
-        face_item.append(np.full(len(look.template.faces), i)); face_material.append(used[look.template.finish])
+        vertices.append(mesh)
+        faces.append(look.template.faces + n)
+        n += len(mesh)
+        face_item.append(np.full(len(look.template.faces), i))
+        face_material.append(used[look.template.finish])
     faces, face_item, face_material = (np.concatenate(a).astype(np.int32) for a in (faces, face_item, face_material))
-    return Scene(scene_id, kind, plan.size, items, np.concatenate(vertices), faces, face_item, face_material, list(materials), free)
+    return Scene(
+        scene_id,
+        kind,
+        plan.size,
+        items,
+        np.concatenate(vertices),
+        faces,
+        face_item,
+        face_material,
+        list(materials),
+        free,
+    )
 
 # %% ../../nbs/rooms/02_layout.ipynb #72950cf2
 def generate(
-    number: int,      # scene number: the seed, and the number in the scene id
-    split: dict,      # knobs, see the catalogue's `defaults`: kinds, objects, object_scale, room_scale, clutter; others are ignored
+    number: int,  # scene number: the seed, and the number in the scene id
+    split: dict,  # knobs, see the catalogue's `defaults`: kinds, objects, object_scale, room_scale, clutter; others are ignored
     catalogue: dict,  # from w2r2.rooms.shapes.load_catalogue
 ) -> Scene:
     "Scene `number`; the same arguments give the same bytes. Raises ValueError if the knobs leave no room for that many objects."
-    knobs = {name: split.get(name, value) for name, value in catalogue['defaults'].items()}
-    unknown = set(knobs['kinds']) - set(catalogue['kinds'])
-    if unknown: raise ValueError(f'unknown kinds of scenes {sorted(unknown)}; the catalogue has {sorted(catalogue["kinds"])}')
-    scene_id = f'scene{number:04d}_00'
-    for attempt in range(50):   # a layout that is too full to walk through is drawn again
+    knobs = {name: split.get(name, value) for name, value in catalogue["defaults"].items()}
+    unknown = set(knobs["kinds"]) - set(catalogue["kinds"])
+    if unknown:
+        raise ValueError(f"unknown kinds of scenes {sorted(unknown)}; the catalogue has {sorted(catalogue['kinds'])}")
+    scene_id = f"scene{number:04d}_00"
+    for attempt in range(50):  # a layout that is too full to walk through is drawn again
         rng = np.random.default_rng(np.random.SeedSequence([number, attempt]))
-        kind = pick(np.random.default_rng(np.random.SeedSequence(number)), knobs['kinds'])
-        recipe = catalogue['kinds'][kind]
-        total = int(rng.integers(knobs['objects'][0], knobs['objects'][1] + 1))
-        plan = enclose(recipe, catalogue, rng.uniform(*knobs['room_scale']), rng)
-        furnish(plan, recipe, catalogue, total, knobs['clutter'], rng.uniform(*knobs['object_scale']), rng)
-        always = sum(len(plan.hosts([category])) >= entry['count'][0] for category, entry in recipe['furniture'].items())
+        kind = pick(np.random.default_rng(np.random.SeedSequence(number)), knobs["kinds"])
+        recipe = catalogue["kinds"][kind]
+        total = int(rng.integers(knobs["objects"][0], knobs["objects"][1] + 1))
+        plan = enclose(recipe, catalogue, rng.uniform(*knobs["room_scale"]), rng)
+        furnish(plan, recipe, catalogue, total, knobs["clutter"], rng.uniform(*knobs["object_scale"]), rng)
+        always = sum(
+            len(plan.hosts([category])) >= entry["count"][0] for category, entry in recipe["furniture"].items()
+        )
         free = free_points(plan)
-        if always == len(recipe['furniture']) and len(plan.placed) - plan.structure >= knobs['objects'][0] and len(free) >= 12:
+        if (
+            always == len(recipe["furniture"])
+            and len(plan.placed) - plan.structure >= knobs["objects"][0]
+            and len(free) >= 12
+        ):
             return assemble(plan, scene_id, kind, free)
-    raise ValueError(f'{scene_id}: no layout with {knobs["objects"]} objects at object scale {knobs["object_scale"]} in a {kind}; '
-                     'lower objects or object_scale, or raise room_scale')
+    raise ValueError(
+        f"{scene_id}: no layout with {knobs['objects']} objects at object scale {knobs['object_scale']} in a {kind}; "
+        "lower objects or object_scale, or raise room_scale"
+    )

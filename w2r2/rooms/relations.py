@@ -8,14 +8,15 @@ __all__ = ['graded', 'separation', 'beside', 'stacked', 'facing', 'between', 'pl
 
 # %% ../../nbs/rooms/05_relations.ipynb #fecae3af
 import numpy as np
+
 from .layout import Item, Scene
 
 # %% ../../nbs/rooms/05_relations.ipynb #a19937ce
 def graded(
     value: np.ndarray,  # any shape, a measurement
-    yes: float,         # from here on the statement is clearly true
-    no: float,          # from here on it is clearly false
-) -> np.ndarray:        # int8: 2 yes, 1 borderline, 0 no
+    yes: float,  # from here on the statement is clearly true
+    no: float,  # from here on it is clearly false
+) -> np.ndarray:  # int8: 2 yes, 1 borderline, 0 no
     "Truth of a measured statement; not-a-number is borderline."
     sign = 1 if no > yes else -1
     truth = (sign * value <= sign * yes).astype(np.int8) + (sign * value < sign * no).astype(np.int8)
@@ -24,7 +25,7 @@ def graded(
 # %% ../../nbs/rooms/05_relations.ipynb #c0c9f4b1
 def separation(
     boxes: np.ndarray,  # (n, 6) centre-size boxes [m]
-) -> np.ndarray:        # (n, n, 3) [m]
+) -> np.ndarray:  # (n, n, 3) [m]
     "Signed separation of every pair of boxes along each axis; negative where the extents overlap."
     center, half = boxes[:, :3], boxes[:, 3:] / 2
     return np.abs(center[:, None] - center) - (half[:, None] + half)
@@ -32,7 +33,7 @@ def separation(
 # %% ../../nbs/rooms/05_relations.ipynb #57918eac
 def beside(
     apart: np.ndarray,  # (n, n, 3) separations [m]
-) -> dict:              # relation -> (n, n) truth
+) -> dict:  # relation -> (n, n) truth
     "Tables of 'next to' and 'by'."
     gap = np.hypot(*np.maximum(apart[..., :2], 0).transpose(2, 0, 1))
     tucked = apart[..., :2].max(-1) < -0.02
@@ -42,9 +43,9 @@ def beside(
 
 # %% ../../nbs/rooms/05_relations.ipynb #89ee94eb
 def stacked(
-    boxes: np.ndarray,    # (n, 6) centre-size boxes [m]
+    boxes: np.ndarray,  # (n, 6) centre-size boxes [m]
     support: np.ndarray,  # (n,) id of the item each stands on, -1 for none
-) -> dict:                # relation -> (n, n) truth
+) -> dict:  # relation -> (n, n) truth
     "Tables of 'on', 'under', 'above' and 'below'."
     n, half = len(boxes), boxes[:, 3:] / 2
     low, high = boxes[:, 2] - half[:, 2], boxes[:, 2] + half[:, 2]
@@ -56,7 +57,9 @@ def stacked(
         carrier = np.where(carrier >= 0, support[carrier], -1)
     linked = (on > 0) | (on.T > 0)
     apart = separation(boxes)[..., :2]
-    inside = np.maximum(-apart, 0).prod(-1) / np.maximum(boxes[:, 3:5].prod(-1), 1e-9)[:, None]   # share of a's footprint in b's
+    inside = (
+        np.maximum(-apart, 0).prod(-1) / np.maximum(boxes[:, 3:5].prod(-1), 1e-9)[:, None]
+    )  # share of a's footprint in b's
     under = np.minimum(graded(np.minimum(inside, 1.0), 0.8, 0.1), graded(high[:, None] - high, -0.05, 0.05))
     offset = (np.abs(boxes[:, None, :2] - boxes[:, :2]) - np.maximum(half[:, None, :2], half[:, :2])).max(-1)
     rise = low[:, None] - high
@@ -67,42 +70,54 @@ def stacked(
 # %% ../../nbs/rooms/05_relations.ipynb #71490d6a
 def facing(
     boxes: np.ndarray,  # (n, 6) centre-size boxes [m]
-    yaw: np.ndarray,    # (n,) direction of each item's front [rad], nan without one
-) -> dict:              # relation -> (n, n) truth, the second index being the item whose front counts
+    yaw: np.ndarray,  # (n,) direction of each item's front [rad], nan without one
+) -> dict:  # relation -> (n, n) truth, the second index being the item whose front counts
     "Tables of 'in front of', 'behind', 'left of' and 'right of', as seen by someone who faces the second item."
     front = np.stack([np.cos(yaw), np.sin(yaw)], -1)
     right = np.stack([-front[:, 1], front[:, 0]], -1)
     offset, half = boxes[:, None, :2] - boxes[:, :2], boxes[:, 3:5] / 2
     ahead, aside = (offset * front).sum(-1), (offset * right).sum(-1)
-    deep, wide = half[:, None] @ np.abs(front).T[None], half[:, None] @ np.abs(right).T[None]    # half sizes along the anchor's axes
+    deep, wide = (
+        half[:, None] @ np.abs(front).T[None],
+        half[:, None] @ np.abs(right).T[None],
+    )  # half sizes along the anchor's axes
     deep, wide = deep[:, 0], wide[:, 0]
     anchor_deep, anchor_wide = np.diag(deep), np.diag(wide)
     level = np.where(separation(boxes)[..., 2] < -0.05, 2, 1)
 
     def ahead_of(along):
         reach = graded(along - deep - anchor_deep, 1.2, 1.8)
-        return np.minimum.reduce([reach, graded(along - anchor_deep, 0.0, -0.3), graded(np.abs(aside) - anchor_wide, 0.0, 0.5), level])
+        return np.minimum.reduce(
+            [reach, graded(along - anchor_deep, 0.0, -0.3), graded(np.abs(aside) - anchor_wide, 0.0, 0.5), level]
+        )
 
     def side_of(across):
         reach = graded(across - wide - anchor_wide, 1.0, 1.8)
-        return np.minimum.reduce([reach, graded(across - anchor_wide, 0.1, -0.3), graded(np.abs(ahead) - anchor_deep, 0.1, 0.8), level])
+        return np.minimum.reduce(
+            [reach, graded(across - anchor_wide, 0.1, -0.3), graded(np.abs(ahead) - anchor_deep, 0.1, 0.8), level]
+        )
 
-    return {"in front of": ahead_of(ahead), "behind": ahead_of(-ahead), "left of": side_of(-aside), "right of": side_of(aside)}
+    return {
+        "in front of": ahead_of(ahead),
+        "behind": ahead_of(-ahead),
+        "left of": side_of(-aside),
+        "right of": side_of(aside),
+    }
 
 # %% ../../nbs/rooms/05_relations.ipynb #2769d8d8
 def between(
     boxes: np.ndarray,  # (n, 6) centre-size boxes [m]
-    first: int,         # index of one anchor
-    second: int,        # index of the other
-) -> np.ndarray:        # (n,) truth
+    first: int,  # index of one anchor
+    second: int,  # index of the other
+) -> np.ndarray:  # (n,) truth
     "Which items are between two others."
     start, way = boxes[first, :2], boxes[second, :2] - boxes[first, :2]
     length = max(float(np.hypot(*way)), 1e-9)
     offset = boxes[:, :2] - start
     normal = np.array([-way[1], way[0]]) / length
-    along, beyond = offset @ way / length ** 2, np.abs(offset @ normal) - boxes[:, 3:5] @ np.abs(normal) / 2
+    along, beyond = offset @ way / length**2, np.abs(offset @ normal) - boxes[:, 3:5] @ np.abs(normal) / 2
     centred = np.minimum(graded(np.abs(along - 0.5), 0.25, 0.4), graded(beyond, 0.0, 0.4))
-    apart = separation(boxes)[:, [first, second]].max(-1).min(1)      # a lamp on one of the two is not between them
+    apart = separation(boxes)[:, [first, second]].max(-1).min(1)  # a lamp on one of the two is not between them
     truth = np.minimum.reduce([centred, graded(apart, -0.02, -0.1), np.full(len(boxes), 2 if length < 3.5 else 1)])
     low, high = boxes[:, 2] - boxes[:, 5] / 2, boxes[:, 2] + boxes[:, 5] / 2
     level = np.minimum(high, max(high[first], high[second])) - np.maximum(low, min(low[first], low[second]))
@@ -117,8 +132,9 @@ def places(scene: Scene) -> dict:  # place -> (n,) truth
     center, half = boxes[:, :2], boxes[:, 3:5] / 2
     off_middle = np.abs(center / scene.size[:2] - 0.5).max(-1)
     out = {"in the middle": graded(off_middle, 0.15, 0.25)}
-    if "floor" not in categories: return out
-    room = np.stack([center - half, scene.size[:2] - center - half])          # distance to the two walls of each axis
+    if "floor" not in categories:
+        return out
+    room = np.stack([center - half, scene.size[:2] - center - half])  # distance to the two walls of each axis
     wall = room.min(0)
     hung = np.array([i.support >= 0 and categories[i.support] == "wall" for i in scene.items])
     flagged = np.where([i.near_wall for i in scene.items], 2, 1)
@@ -127,8 +143,9 @@ def places(scene: Scene) -> dict:  # place -> (n,) truth
     out["on the wall"] = np.where(hung, 2, 0)
     doors = [k for k, c in enumerate(categories) if c == "door"]
     if len(doors) == 1:
-        axis = int(room[:, doors[0]].min(0).argmin())                          # the door's wall is across this axis
-        inward = np.zeros(2); inward[axis] = 1 if room[0, doors[0], axis] < room[1, doors[0], axis] else -1
+        axis = int(room[:, doors[0]].min(0).argmin())  # the door's wall is across this axis
+        inward = np.zeros(2)
+        inward[axis] = 1 if room[0, doors[0], axis] < room[1, doors[0], axis] else -1
         left = (center - center[doors[0]]) @ [-inward[1], inward[0]]
         for side, lateral in (("left of the entrance", left), ("right of the entrance", -left)):
             clear = np.minimum(lateral - half[:, 1 - axis] - 0.1, lateral - 0.6)
@@ -138,21 +155,28 @@ def places(scene: Scene) -> dict:  # place -> (n,) truth
 # %% ../../nbs/rooms/05_relations.ipynb #5d12d147
 def comparisons(
     boxes: np.ndarray,  # (n, 6) centre-size boxes [m]
-    yaw: np.ndarray,    # (n,) [rad], nan without a front
-) -> dict:              # superlative -> (n, n) bool: the first clearly beats the second
+    yaw: np.ndarray,  # (n,) [rad], nan without a front
+) -> dict:  # superlative -> (n, n) bool: the first clearly beats the second
     "Tables of 'largest', 'smallest', 'tallest', 'shortest', 'highest' and 'lowest'."
     volume, height, z = boxes[:, 3:].prod(-1), boxes[:, 5], boxes[:, 2]
     straight = ~(np.abs(np.sin(2 * yaw)) > 0.2)
     larger = (volume[:, None] >= 1.35 * volume) & straight[:, None] & straight
     taller = (height[:, None] >= 1.15 * height) & (height[:, None] - height >= 0.08)
     higher = z[:, None] - z >= 0.25
-    return {"largest": larger, "smallest": larger.T, "tallest": taller, "shortest": taller.T, "highest": higher, "lowest": higher.T}
+    return {
+        "largest": larger,
+        "smallest": larger.T,
+        "tallest": taller,
+        "shortest": taller.T,
+        "highest": higher,
+        "lowest": higher.T,
+    }
 
 # %% ../../nbs/rooms/05_relations.ipynb #001cf17b
 def nearer(
     boxes: np.ndarray,  # (n, 6) centre-size boxes [m]
-    anchor: int,        # index of the item from which distances are taken
-) -> np.ndarray:        # (n, n) bool: the first is clearly nearer to the anchor than the second
+    anchor: int,  # index of the item from which distances are taken
+) -> np.ndarray:  # (n, n) bool: the first is clearly nearer to the anchor than the second
     "Compare distances to an anchor, by centres and by gaps between footprints; both must agree."
     far = np.hypot(*(boxes[:, :2] - boxes[anchor, :2]).T)
     reach = np.maximum(np.abs(boxes[:, :2] - boxes[anchor, :2]) - (boxes[:, 3:5] + boxes[anchor, 3:5]) / 2, 0)
@@ -161,45 +185,63 @@ def nearer(
 
 # %% ../../nbs/rooms/05_relations.ipynb #874786db
 def best(
-    scope: tuple,        # (sure, maybe): ids that clearly, and that possibly, take part
-    beats: np.ndarray,   # (n, n) bool
-) -> tuple:              # (sure, maybe): who clearly, and who possibly, wins
+    scope: tuple,  # (sure, maybe): ids that clearly, and that possibly, take part
+    beats: np.ndarray,  # (n, n) bool
+) -> tuple:  # (sure, maybe): who clearly, and who possibly, wins
     "The winner among `scope`: it beats all who may take part; out is who is beaten by one who surely does."
     sure, maybe = scope
-    return (frozenset(x for x in sure if all(beats[x, y] for y in maybe if y != x)),
-            frozenset(x for x in maybe if not any(beats[y, x] for y in sure if y != x)))
+    return (
+        frozenset(x for x in sure if all(beats[x, y] for y in maybe if y != x)),
+        frozenset(x for x in maybe if not any(beats[y, x] for y in sure if y != x)),
+    )
 
 # %% ../../nbs/rooms/05_relations.ipynb #28664c77
 class Facts:
     "What is true in a scene: each answer is a pair (ids that surely fit, ids that possibly fit), the second containing the first."
-    inverse = {"has on it": "on", "has in front of it": "in front of", "has next to it": "next to", "has above it": "above"}
 
-    def __init__(self,
+    inverse = {
+        "has on it": "on",
+        "has in front of it": "in front of",
+        "has next to it": "next to",
+        "has above it": "above",
+    }
+
+    def __init__(
+        self,
         scene: Scene,
         visible: np.ndarray,  # (V, items) pixels of each item in each view
-        grammar: dict,        # the recipe: `words`, `structure` and `pixels`
+        grammar: dict,  # the recipe: `words`, `structure` and `pixels`
     ):
         if visible.ndim != 2 or visible.shape[1] != len(scene.items):
-            raise ValueError(f"{scene.scene_id}: visible has shape {visible.shape}; expected (views, {len(scene.items)}), one column per item")
+            raise ValueError(
+                f"{scene.scene_id}: visible has shape {visible.shape}; expected (views, {len(scene.items)}), one column per item"
+            )
         self.scene, self.items, self.words = scene, scene.items, grammar["words"]
         self.things = frozenset(i.id for i in self.items if i.category not in grammar["structure"])
         self.seen = frozenset(np.flatnonzero(visible.max(0) >= grammar["pixels"]).tolist()) & self.things
         self.boxes, yaw = np.array([i.box for i in self.items]), np.array([i.yaw for i in self.items])
         support = np.array([i.support for i in self.items])
         self.tables = beside(separation(self.boxes)) | stacked(self.boxes, support) | facing(self.boxes, yaw)
-        for table in self.tables.values(): np.fill_diagonal(table, 0)
+        for table in self.tables.values():
+            np.fill_diagonal(table, 0)
         self.tables |= {k: self.tables[v].T for k, v in self.inverse.items()}
         self.places, self.beats = places(scene), comparisons(self.boxes, yaw)
-        self._labels = [{i.category, f"{i.category}/{i.shape}", i.color, i.material} for i in self.items]   # what `names` may refer to
+        self._labels = [
+            {i.category, f"{i.category}/{i.shape}", i.color, i.material} for i in self.items
+        ]  # what `names` may refer to
         self._memory = {}
 
     def _sets(self, key, truth):
         if key not in self._memory:
             t = truth()
-            self._memory[key] = (self.things.intersection(np.flatnonzero(t == 2).tolist()), self.things.intersection(np.flatnonzero(t).tolist()))
+            self._memory[key] = (
+                self.things.intersection(np.flatnonzero(t == 2).tolist()),
+                self.things.intersection(np.flatnonzero(t).tolist()),
+            )
         return self._memory[key]
 
-    def word(self,
+    def word(
+        self,
         slot: str,  # "noun", "color", "material" or "shape"
         word: str,  # an entry of the grammar's words
     ) -> tuple:
@@ -207,7 +249,10 @@ class Facts:
         if (slot, word) not in self._memory:
             entry = self.words[slot][word]
             sure = frozenset(i for i in self.things if not self._labels[i].isdisjoint(entry["names"]))
-            self._memory[slot, word] = sure, sure.union(i for i in self.things if not self._labels[i].isdisjoint(entry.get("perhaps", ())))
+            self._memory[slot, word] = (
+                sure,
+                sure.union(i for i in self.things if not self._labels[i].isdisjoint(entry.get("perhaps", ()))),
+            )
         return self._memory[slot, word]
 
     def place(self, rel: str) -> tuple:
@@ -225,29 +270,35 @@ class Facts:
     def nearer(self, anchor: int) -> np.ndarray:
         "Table of who is nearer to an anchor."
         key = ("nearer", anchor)
-        if key not in self._memory: self._memory[key] = nearer(self.boxes, anchor)
+        if key not in self._memory:
+            self._memory[key] = nearer(self.boxes, anchor)
         return self._memory[key]
 
 # %% ../../nbs/rooms/05_relations.ipynb #6850ec6c
 def evaluate(
-    form: dict,    # a logical form
+    form: dict,  # a logical form
     facts: Facts,
-) -> tuple:        # (ids that surely fit, ids that possibly fit)
+) -> tuple:  # (ids that surely fit, ids that possibly fit)
     "Which items fit a logical form."
     scope = facts.word("noun", form["noun"]) if "noun" in form else (facts.things, facts.things)
     conditions = [facts.word(slot, form[slot]) for slot in ("color", "material", "shape") if slot in form]
     conditions += [_condition(c["rel"], c.get("anchors", []), scope, facts) for c in form.get("where", [])]
     return tuple(map(frozenset.intersection, scope, *conditions))
 
+
 def _condition(rel, anchors, scope, facts):
-    if rel in facts.beats: return best(scope, facts.beats[rel])
-    if not anchors: return facts.place(rel)
+    if rel in facts.beats:
+        return best(scope, facts.beats[rel])
+    if not anchors:
+        return facts.place(rel)
     if anchors[0].get("some"):
         some = evaluate(anchors[0], facts)
         return tuple(frozenset().union(*(facts.related(rel, a)[k] for a in some[k])) for k in (0, 1))
     ids = [referent(a, facts) for a in anchors]
-    if None in ids: return frozenset(), facts.things          # an anchor that nobody can find decides nothing
-    if rel == "between": return facts.between(*ids)
+    if None in ids:
+        return frozenset(), facts.things  # an anchor that nobody can find decides nothing
+    if rel == "between":
+        return facts.between(*ids)
     if rel in ("closest to", "farthest from"):
         near, others = facts.nearer(ids[0]), tuple(s - set(ids) for s in scope)
         return best(others, near if rel == "closest to" else near.T)
@@ -255,16 +306,17 @@ def _condition(rel, anchors, scope, facts):
 
 # %% ../../nbs/rooms/05_relations.ipynb #0764102b
 def fits(
-    form: dict,    # a logical form
+    form: dict,  # a logical form
     facts: Facts,
-) -> list[int]:    # ids, sorted
+) -> list[int]:  # ids, sorted
     "The items that fit a form, borderline cases included: more than one means that the form is ambiguous."
     return sorted(evaluate(form, facts)[1])
 
+
 def referent(
-    form: dict,    # a logical form
+    form: dict,  # a logical form
     facts: Facts,
-) -> int | None:   # id
+) -> int | None:  # id
     "The one item that clearly fits while no other even possibly does, or None."
     sure, maybe = evaluate(form, facts)
     return next(iter(sure)) if len(sure) == len(maybe) == 1 else None

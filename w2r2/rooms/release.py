@@ -18,11 +18,12 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 import w2r2
-from ..scans.files import atomic_write
+from ..code import code_digest
 from .language import ask, describe
 from .layout import Scene, generate
 from .scanner import Recording, scan
 from .shapes import load_catalogue
+from ..scans.files import atomic_write
 from ..scans.scan import LabelTable, Scan, objects_of_vertices, write_scan, write_split
 from ..scans.views import visible_pixels
 
@@ -35,7 +36,9 @@ def read_recipes(
     folder: Path = RECIPES,  # with catalogue.yaml, grammar.yaml, splits.yaml
 ) -> dict:  # "catalogue", "grammar" and "splits"; read once per process, so not to be changed
     "The recipes of the embedded benchmark; raises `FileNotFoundError` if one is missing, `ValueError` if one is wrong."
-    grammar, splits = (yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("grammar", "splits"))
+    grammar, splits = (
+        yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("grammar", "splits")
+    )
     return {"catalogue": load_catalogue(folder / "catalogue.yaml"), "grammar": grammar, "splits": splits}
 
 # %% ../../nbs/rooms/08_release.ipynb #c7af0585
@@ -56,13 +59,21 @@ def label_table(
 ) -> LabelTable:
     "The label table of the embedded benchmark, in ScanNet's columns."
     nyu40 = {name: category["nyu40"] for name, category in recipes["catalogue"]["categories"].items()}
-    return LabelTable({"id": str(number), "raw_category": name, "category": name, "nyu40id": str(nyu40[name][0]),
-                       "nyu40class": nyu40[name][1]} for number, name in enumerate(nyu40, 1))
+    return LabelTable(
+        {
+            "id": str(number),
+            "raw_category": name,
+            "category": name,
+            "nyu40id": str(nyu40[name][0]),
+            "nyu40class": nyu40[name][1],
+        }
+        for number, name in enumerate(nyu40, 1)
+    )
 
 # %% ../../nbs/rooms/08_release.ipynb #2700144f
 def make(
-    number: int,    # scene number, the seed
-    knobs: dict,    # from `split_knobs`
+    number: int,  # scene number, the seed
+    knobs: dict,  # from `split_knobs`
     recipes: dict,
 ) -> tuple[Scene, Recording, dict]:  # the last: scanrefer and scanqa records with their programs
     "Generate, scan and describe one scene; the same arguments give the same bytes."
@@ -72,8 +83,11 @@ def make(
     speaker = np.random.default_rng([number, 2])
     scanrefer, described = describe(scene, visible, speaker, recipes["grammar"])
     scanqa, asked = ask(scene, visible, speaker, recipes["grammar"], knobs["name"])
-    return scene, recording, {"scanrefer": scanrefer, "scanqa": scanqa,
-                              "programs": {"scanrefer": described, "scanqa": asked}}
+    return (
+        scene,
+        recording,
+        {"scanrefer": scanrefer, "scanqa": scanqa, "programs": {"scanrefer": described, "scanqa": asked}},
+    )
 
 # %% ../../nbs/rooms/08_release.ipynb #19e9847f
 def vertex_colors(
@@ -87,29 +101,41 @@ def vertex_colors(
 
 
 def write(
-    root: str | Path,      # of the release; the scene goes to root/scans/<scene id>
+    root: str | Path,  # of the release; the scene goes to root/scans/<scene id>
     scene: Scene,
     recording: Recording,
-) -> Path:                 # the scene's folder
+) -> Path:  # the scene's folder
     "Write one generated scene in ScanNet's release layout."
     rng = np.random.default_rng([int(scene.scene_id[5:9]), 3])
     yaw = rng.uniform(-np.pi, np.pi)
     alignment = np.eye(4)
     alignment[:2, :2] = [[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]]
     alignment[:3, 3] = rng.normal(0, [2, 2, 0.1])
-    return write_scan(root, scene.scene_id, scene.vertices, scene.faces, vertex_colors(scene),
-                      objects_of_vertices(scene.faces, scene.face_item, len(scene.vertices)),
-                      [item.category for item in scene.items], recording.color, recording.depth, recording.poses,
-                      recording.intrinsic_color, recording.intrinsic_depth, recording.instance, alignment, scene.kind)
+    return write_scan(
+        root,
+        scene.scene_id,
+        scene.vertices,
+        scene.faces,
+        vertex_colors(scene),
+        objects_of_vertices(scene.faces, scene.face_item, len(scene.vertices)),
+        [item.category for item in scene.items],
+        recording.color,
+        recording.depth,
+        recording.poses,
+        recording.intrinsic_color,
+        recording.intrinsic_depth,
+        recording.instance,
+        alignment,
+        scene.kind,
+    )
 
 # %% ../../nbs/rooms/08_release.ipynb #390fd26f
 def fingerprint(
     folder: Path = RECIPES,
 ) -> str:
-    "Hash of the recipes and of the modules that turn them into files."
-    made_by = ("sens ply annotations scannet shapes furniture layout camera_walk scanner relations grammar language rooms").split()
-    digest = hashlib.sha256()
-    for path in (*sorted(folder.glob("*.yaml")), *(Path(w2r2.__file__).parent / f"{module}.py" for module in made_by)):
+    "Hash of the recipes and of the code that turns them into files."
+    digest = hashlib.sha256(code_digest("w2r2.rooms.release:_build_scene").encode())
+    for path in sorted(folder.glob("*.yaml")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -131,12 +157,12 @@ def _build_scene(root: Path, number: int, split: str, folder: Path, mark: str) -
 
 
 def build(
-    root: str | Path,         # of the release; created if missing
-    split: str,               # a split of splits.yaml
-    share: float = 1.0,       # share of its scenes, from the first on
-    workers: int = 1,         # processes, one thread each
-    folder: Path = RECIPES,   # of the recipes
-) -> pd.DataFrame:            # one row per scene: descriptions, questions, objects described
+    root: str | Path,  # of the release; created if missing
+    split: str,  # a split of splits.yaml
+    share: float = 1.0,  # share of its scenes, from the first on
+    workers: int = 1,  # processes, one thread each
+    folder: Path = RECIPES,  # of the recipes
+) -> pd.DataFrame:  # one row per scene: descriptions, questions, objects described
     """Build a split of the embedded benchmark as a ScanNet release: `scans/`, `scannetv2-labels.combined.tsv`,
     `splits/scannetv2_SPLIT.txt`, `scanrefer/ScanRefer_filtered_SPLIT.json`, `scanqa/ScanQA_v1.0_SPLIT.json`, and
     `records/` with the logical form behind every sentence. The same split gives the same bytes."""
@@ -146,12 +172,22 @@ def build(
     for name in ("scans", "splits", "scanrefer", "scanqa", "records"):
         (root / name).mkdir(parents=True, exist_ok=True)
     label_table(recipes).write(root / "scannetv2-labels.combined.tsv")
-    scenes = Parallel(workers, return_as="generator")(delayed(_build_scene)(root, n, split, folder, mark) for n in numbers)
+    scenes = Parallel(workers, return_as="generator")(
+        delayed(_build_scene)(root, n, split, folder, mark) for n in numbers
+    )
     records = list(tqdm(scenes, f"rooms: {split}", len(numbers), unit="scene"))
     write_split(root / "splits" / f"scannetv2_{split}.txt", [r["scene_id"] for r in records])
-    for path, kind in ((root / "scanrefer" / f"ScanRefer_filtered_{split}.json", "scanrefer"),
-                       (root / "scanqa" / f"ScanQA_v1.0_{split}.json", "scanqa")):
+    for path, kind in (
+        (root / "scanrefer" / f"ScanRefer_filtered_{split}.json", "scanrefer"),
+        (root / "scanqa" / f"ScanQA_v1.0_{split}.json", "scanqa"),
+    ):
         with atomic_write(path) as file:
             file.write(json.dumps([row for r in records for row in r[kind]], indent=0).encode())
-    return pd.DataFrame({"descriptions": len(r["scanrefer"]), "questions": len(r["scanqa"]),
-                         "objects": len({row["object_id"] for row in r["scanrefer"]})} for r in records).set_axis([r["scene_id"] for r in records])
+    return pd.DataFrame(
+        {
+            "descriptions": len(r["scanrefer"]),
+            "questions": len(r["scanqa"]),
+            "objects": len({row["object_id"] for row in r["scanrefer"]}),
+        }
+        for r in records
+    ).set_axis([r["scene_id"] for r in records])

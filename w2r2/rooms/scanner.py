@@ -9,31 +9,49 @@ __all__ = ['KNOBS', 'TEXTURES', 'FULL_WELL', 'READ_NOISE', 'DISPARITY_STEP', 'DI
 
 # %% ../../nbs/rooms/04_scanner.ipynb #4d392d9a
 from dataclasses import dataclass
+
 import numpy as np
+
 from .camera_walk import Caster, intrinsics, key_views, look
 from .layout import Scene
 
 # %% ../../nbs/rooms/04_scanner.ipynb #1cb65e1d
-KNOBS = ('views', 'color_size', 'depth_size', 'hfov', 'depth_hfov', 'camera_height', 'pitch', 'exposure', 'max_depth')
+KNOBS = ("views", "color_size", "depth_size", "hfov", "depth_hfov", "camera_height", "pitch", "exposure", "max_depth")
 
 # %% ../../nbs/rooms/04_scanner.ipynb #3aa3ff4a
-def _square(x): return np.sign(np.sin(2 * np.pi * x))
-def _wave(x): return np.sin(2 * np.pi * x)
-TEXTURES = {    # name: (depth of the modulation, function of plane coordinates in periods, values in [-1, 1])
-    'plain':   (0.0, lambda u, v: 0 * u),
-    'grain':   (0.15, lambda u, v: _wave(u + .3 * _wave(v / 13) + .12 * _wave(.37 * u + v / 5))),
-    'stripes': (0.45, lambda u, v: _square(u)),
-    'checks':  (0.40, lambda u, v: _square(u) * _square(v)),
-    'noise':   (0.25, lambda u, v: (_wave(u + .41 * _wave(.62 * v)) + _wave(.93 * v + .37 * _wave(.71 * u + .3)) + _wave(.57 * u - .83 * v)) / 3),
-    'tiles':   (0.35, lambda u, v: np.where((u % 1 < .08) | (v % 1 < .08), -1, .1)),
+def _square(x):
+    return np.sign(np.sin(2 * np.pi * x))
+
+
+def _wave(x):
+    return np.sin(2 * np.pi * x)
+
+
+TEXTURES = {  # name: (depth of the modulation, function of plane coordinates in periods, values in [-1, 1])
+    "plain": (0.0, lambda u, v: 0 * u),
+    "grain": (0.15, lambda u, v: _wave(u + 0.3 * _wave(v / 13) + 0.12 * _wave(0.37 * u + v / 5))),
+    "stripes": (0.45, lambda u, v: _square(u)),
+    "checks": (0.40, lambda u, v: _square(u) * _square(v)),
+    "noise": (
+        0.25,
+        lambda u, v: (
+            (
+                _wave(u + 0.41 * _wave(0.62 * v))
+                + _wave(0.93 * v + 0.37 * _wave(0.71 * u + 0.3))
+                + _wave(0.57 * u - 0.83 * v)
+            )
+            / 3
+        ),
+    ),
+    "tiles": (0.35, lambda u, v: np.where((u % 1 < 0.08) | (v % 1 < 0.08), -1, 0.1)),
 }
 
 # %% ../../nbs/rooms/04_scanner.ipynb #fc2cb101
 def texture(
-    name: str,              # key of `TEXTURES`
-    points: np.ndarray,     # (N, 3) positions [m]
-    normals: np.ndarray,    # (N, 3) unit normals; the axis they are closest to is left out
-    scale: np.ndarray,      # (N,) period [m]
+    name: str,  # key of `TEXTURES`
+    points: np.ndarray,  # (N, 3) positions [m]
+    normals: np.ndarray,  # (N, 3) unit normals; the axis they are closest to is left out
+    scale: np.ndarray,  # (N,) period [m]
     footprint: np.ndarray,  # (N,) size of a pixel on the surface [m]
 ) -> np.ndarray:  # (N,) factor on the base colour
     "Brightness pattern of a surface, faded out between 4 and 2 pixels per period."
@@ -47,11 +65,12 @@ def texture(
 @dataclass
 class Light:
     "A lamp (or the sun) and the fill light of a scene."
+
     position: np.ndarray  # (3,) float32 [m]
-    power: float          # irradiance at distance r is power / (1 + r^2) on a surface that faces the lamp
-    color: np.ndarray     # (3,) of the lamp
-    fill: np.ndarray      # (3,) colour of the fill light
-    side: np.ndarray      # (3,) direction that the fill light comes from, length below 1
+    power: float  # irradiance at distance r is power / (1 + r^2) on a surface that faces the lamp
+    color: np.ndarray  # (3,) of the lamp
+    fill: np.ndarray  # (3,) colour of the fill light
+    side: np.ndarray  # (3,) direction that the fill light comes from, length below 1
 
 # %% ../../nbs/rooms/04_scanner.ipynb #ad461d1b
 def make_light(
@@ -59,15 +78,23 @@ def make_light(
     rng: np.random.Generator,
 ) -> Light:
     "Sun and sky outdoors, a lamp near the ceiling and a window's side light indoors; brightness follows the size of the room."
-    angle, lift = rng.uniform(0, 2 * np.pi), rng.uniform(.35, .6)
-    side = np.array([.35 * np.cos(angle), .35 * np.sin(angle), lift])
-    if not any(item.category == 'ceiling' for item in scene.items):
+    angle, lift = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 0.6)
+    side = np.array([0.35 * np.cos(angle), 0.35 * np.sin(angle), lift])
+    if not any(item.category == "ceiling" for item in scene.items):
         heading, elevation = rng.uniform(0, 2 * np.pi), np.radians(rng.uniform(35, 60))
         toward = np.array([np.cos(heading) * np.cos(elevation), np.sin(heading) * np.cos(elevation), np.sin(elevation)])
-        return Light(np.float32(500 * toward), 500**2 * .9, np.array([1, .95, .86]), .42 * np.array([.88, .95, 1.1]), side)
-    x, y = scene.size[:2] * rng.uniform(.4, .6, 2)
-    power = .16 * ((scene.size[:2]**2).sum() / 4 + scene.size[2]**2)
-    return Light(np.float32([x, y, scene.size[2] - .2]), power, np.array([1, .95, .88]), .48 * np.array([.95, .98, 1.03]), side)
+        return Light(
+            np.float32(500 * toward), 500**2 * 0.9, np.array([1, 0.95, 0.86]), 0.42 * np.array([0.88, 0.95, 1.1]), side
+        )
+    x, y = scene.size[:2] * rng.uniform(0.4, 0.6, 2)
+    power = 0.16 * ((scene.size[:2] ** 2).sum() / 4 + scene.size[2] ** 2)
+    return Light(
+        np.float32([x, y, scene.size[2] - 0.2]),
+        power,
+        np.array([1, 0.95, 0.88]),
+        0.48 * np.array([0.95, 0.98, 1.03]),
+        side,
+    )
 
 # %% ../../nbs/rooms/04_scanner.ipynb #50fd2a02
 def shade(
@@ -76,22 +103,25 @@ def shade(
     light: Light,
     poses: np.ndarray,  # (V, 4, 4) camera-to-world
     depth: np.ndarray,  # (V, H, W) [m] of `look`
-    face: np.ndarray,   # (V, H, W) of `look`
-    rays: np.ndarray,   # (V, H * W, 3) of `look`
-    focal: float,       # [pixel]
+    face: np.ndarray,  # (V, H, W) of `look`
+    rays: np.ndarray,  # (V, H * W, 3) of `look`
+    focal: float,  # [pixel]
 ) -> np.ndarray:  # (V, H, W, 3) float32, linear; white in full light is about 1
     "Light that each pixel receives, without exposure and noise; raises ValueError for a texture that does not exist."
     unknown = {m.texture for m in scene.materials} - set(TEXTURES)
-    if unknown: raise ValueError(f'{scene.scene_id}: unknown texture {sorted(unknown)}; there are {sorted(TEXTURES)}')
+    if unknown:
+        raise ValueError(f"{scene.scene_id}: unknown texture {sorted(unknown)}; there are {sorted(TEXTURES)}")
     color = np.array([m.rgb for m in scene.materials], np.float32)[scene.face_material]
-    glow = color * np.float32(light.fill) * (.55 + .45 * caster.normal @ np.float32(light.side))[:, None]
+    glow = color * np.float32(light.fill) * (0.55 + 0.45 * caster.normal @ np.float32(light.side))[:, None]
     lit = color * np.float32(light.color * light.power)
     name = np.array([m.texture for m in scene.materials])[scene.face_material]
     scale = np.array([m.scale for m in scene.materials], np.float32)[scene.face_material]
 
     radiance = np.zeros((*face.shape, 3), np.float32)
     sky = face < 0
-    radiance[sky] = np.float32([.75, .85, 1]) - np.float32([.35, .25, .05]) * np.clip(rays.reshape(radiance.shape)[sky][:, 2:], 0, 1)
+    radiance[sky] = np.float32([0.75, 0.85, 1]) - np.float32([0.35, 0.25, 0.05]) * np.clip(
+        rays.reshape(radiance.shape)[sky][:, 2:], 0, 1
+    )
     pixel = np.flatnonzero(~sky)
     view = pixel // rays.shape[1]
     face, depth = face.ravel()[pixel], depth.ravel()[pixel]
@@ -100,42 +130,44 @@ def shade(
     normal = caster.normal[face]
 
     to_light = light.position - points
-    square = np.einsum('ij,ij->i', to_light, to_light)
-    direct = np.einsum('ij,ij->i', normal, to_light) / (np.sqrt(square) * (1 + square))
+    square = np.einsum("ij,ij->i", to_light, to_light)
+    direct = np.einsum("ij,ij->i", normal, to_light) / (np.sqrt(square) * (1 + square))
     toward = np.flatnonzero(direct > 0)
-    shadow = caster.blocked(points[toward] + np.float32(1e-3) * normal[toward], light.position, .95)
+    shadow = caster.blocked(points[toward] + np.float32(1e-3) * normal[toward], light.position, 0.95)
     direct[direct <= 0] = 0
     direct[toward[shadow]] = 0
 
     pattern = np.ones(len(face), np.float32)
-    for kind in sorted(set(name) - {'plain'}):
+    for kind in sorted(set(name) - {"plain"}):
         at = np.flatnonzero((name == kind)[face])
         pattern[at] = texture(kind, points[at], normal[at], scale[face[at]], depth[at] / np.float32(focal))
     radiance.reshape(-1, 3)[pixel] = pattern[:, None] * (direct[:, None] * lit[face] + glow[face])
     return radiance
 
 # %% ../../nbs/rooms/04_scanner.ipynb #6186eacb
-FULL_WELL = 3000     # photo-electrons that saturate a pixel: a small sensor in room light
-READ_NOISE = 0.003   # standard deviation, as a part of saturation
+FULL_WELL = 3000  # photo-electrons that saturate a pixel: a small sensor in room light
+READ_NOISE = 0.003  # standard deviation, as a part of saturation
+
 
 def expose(
-    radiance: np.ndarray,   # (V, H, W, 3) linear light
-    exposure: np.ndarray,   # (V,) factor
+    radiance: np.ndarray,  # (V, H, W, 3) linear light
+    exposure: np.ndarray,  # (V,) factor
     rng: np.random.Generator,
 ) -> np.ndarray:  # (V, H, W, 3) uint8
     "Colour images with exposure, shot and read noise, saturation and a gamma of 2.2."
     signal = radiance * np.float32(exposure)[:, None, None, None]
     signal += np.sqrt(signal / FULL_WELL + READ_NOISE**2) * rng.standard_normal(signal.shape, np.float32)
     # The square root of the gamma keeps the table short where the curve is steep.
-    table = (255 * np.linspace(0, 1, 4096)**(2 / 2.2) + .5).astype(np.uint8)
-    return table[(4095 * np.sqrt(np.clip(signal, 0, 1)) + np.float32(.5)).astype(np.int16)]
+    table = (255 * np.linspace(0, 1, 4096) ** (2 / 2.2) + 0.5).astype(np.uint8)
+    return table[(4095 * np.sqrt(np.clip(signal, 0, 1)) + np.float32(0.5)).astype(np.int16)]
 
 # %% ../../nbs/rooms/04_scanner.ipynb #02b51400
-DISPARITY_STEP = 2.85e-3   # inverse depth of one disparity step [1/m], Khoshelham and Oude Elberink 2012
-DISPARITY_SIGMA = 0.5      # standard deviation of a disparity [step], ibid.
+DISPARITY_STEP = 2.85e-3  # inverse depth of one disparity step [1/m], Khoshelham and Oude Elberink 2012
+DISPARITY_SIGMA = 0.5  # standard deviation of a disparity [step], ibid.
+
 
 def noisy_depth(
-    depth: np.ndarray,          # (...) true depth [m], positive; the result means nothing beyond the range of the sensor
+    depth: np.ndarray,  # (...) true depth [m], positive; the result means nothing beyond the range of the sensor
     rng: np.random.Generator,
 ) -> np.ndarray:  # (...) float32 [m]
     "Depth with Gaussian noise and rounding in disparity; standard deviation 1.425e-3 Z^2 [m]."
@@ -144,17 +176,18 @@ def noisy_depth(
     return 1 / (np.maximum(np.round(step), np.float32(1e-9)) * np.float32(DISPARITY_STEP))
 
 # %% ../../nbs/rooms/04_scanner.ipynb #4e7acef9
-NEAREST = 0.4          # closest depth that is measured [m]
-BASELINE = 0.075       # from the camera to the projector, along x [m], Khoshelham and Oude Elberink 2012
-HOLES = ('measured', 'range', 'grazing', 'projector shadow', 'patch')
+NEAREST = 0.4  # closest depth that is measured [m]
+BASELINE = 0.075  # from the camera to the projector, along x [m], Khoshelham and Oude Elberink 2012
+HOLES = ("measured", "range", "grazing", "projector shadow", "patch")
+
 
 def depth_holes(
     caster: Caster,
-    poses: np.ndarray,   # (V, 4, 4) camera-to-world
-    depth: np.ndarray,   # (V, H, W) [m] of `look`
-    face: np.ndarray,    # (V, H, W) of `look`
-    rays: np.ndarray,    # (V, H * W, 3) of `look`
-    farthest: float,     # [m]
+    poses: np.ndarray,  # (V, 4, 4) camera-to-world
+    depth: np.ndarray,  # (V, H, W) [m] of `look`
+    face: np.ndarray,  # (V, H, W) of `look`
+    rays: np.ndarray,  # (V, H * W, 3) of `look`
+    farthest: float,  # [m]
     rng: np.random.Generator,
 ) -> np.ndarray:  # (V, H, W) uint8, index into `HOLES`
     "Why each pixel has no depth; the first reason in the order of `HOLES` counts, 0 where there is depth."
@@ -162,8 +195,8 @@ def depth_holes(
     reason = np.zeros(depth.shape, np.uint8)
     y, x = np.ogrid[:height, :width]
     for image, count in zip(reason, rng.poisson(3, views)):
-        for u, v, radius, stretch in rng.uniform([0, 0, .01, .6], [1, 1, .035, 1.6], (count, 4)):
-            image[(x - u * width)**2 * stretch + (y - v * height)**2 / stretch < (radius * width)**2] = 4
+        for u, v, radius, stretch in rng.uniform([0, 0, 0.01, 0.6], [1, 1, 0.035, 1.6], (count, 4)):
+            image[(x - u * width) ** 2 * stretch + (y - v * height) ** 2 / stretch < (radius * width) ** 2] = 4
     measurable = (depth > NEAREST) & (depth < farthest)
     hit = view, *_ = np.nonzero(measurable)
     ray = rays.reshape(*depth.shape, 3)[hit]
@@ -171,10 +204,10 @@ def depth_holes(
     camera = poses[:, :3, 3].astype(np.float32)[view]
     projector = (poses[:, :3, 3] + BASELINE * poses[:, :3, 0]).astype(np.float32)[view]
     points = camera + depth[hit][:, None] * ray + np.float32(1e-3) * normal
-    cosine = -np.einsum('ij,ij->i', normal, ray) / np.sqrt(np.einsum('ij,ij->i', ray, ray))
+    cosine = -np.einsum("ij,ij->i", normal, ray) / np.sqrt(np.einsum("ij,ij->i", ray, ray))
     cause = reason[hit]
     cause[caster.blocked(points, projector)] = 3
-    cause[cosine < rng.uniform(.04, .16, len(cosine))] = 2
+    cause[cosine < rng.uniform(0.04, 0.16, len(cosine))] = 2
     reason[hit] = cause
     reason[~measurable] = 1
     return reason
@@ -183,44 +216,49 @@ def depth_holes(
 @dataclass
 class Recording:
     "The key views of a scan, in ScanNet's conventions."
-    color: np.ndarray            # (V, H, W, 3) uint8
-    depth: np.ndarray            # (V, h, w) uint16 [mm], 0 = no measurement
-    instance: np.ndarray         # (V, H, W) uint8 in the colour camera: item id + 1, 0 = nothing
-    poses: np.ndarray            # (V, 4, 4) float64 camera-to-world, the same for both cameras
+
+    color: np.ndarray  # (V, H, W, 3) uint8
+    depth: np.ndarray  # (V, h, w) uint16 [mm], 0 = no measurement
+    instance: np.ndarray  # (V, H, W) uint8 in the colour camera: item id + 1, 0 = nothing
+    poses: np.ndarray  # (V, 4, 4) float64 camera-to-world, the same for both cameras
     intrinsic_color: np.ndarray  # (4, 4)
     intrinsic_depth: np.ndarray  # (4, 4)
 
+
 def scan(
     scene: Scene,
-    split: dict,               # the knobs in `KNOBS`
+    split: dict,  # the knobs in `KNOBS`
     rng: np.random.Generator,
 ) -> Recording:
     "Walk through a scene with both cameras; the same generator state gives the same bytes. Raises ValueError for scenes or splits that cannot be scanned."
     missing = [k for k in KNOBS if k not in split]
-    if missing: raise ValueError(f'{scene.scene_id}: the split lacks {missing}; the scanner needs {list(KNOBS)}')
-    if len(scene.items) > 255: raise ValueError(f'{scene.scene_id}: {len(scene.items)} items; instance images hold at most 255')
-    if not len(scene.free): raise ValueError(f'{scene.scene_id}: no free floor to walk on; lower the number of objects')
+    if missing:
+        raise ValueError(f"{scene.scene_id}: the split lacks {missing}; the scanner needs {list(KNOBS)}")
+    if len(scene.items) > 255:
+        raise ValueError(f"{scene.scene_id}: {len(scene.items)} items; instance images hold at most 255")
+    if not len(scene.free):
+        raise ValueError(f"{scene.scene_id}: no free floor to walk on; lower the number of objects")
     caster = Caster(scene)
-    size, depth_size = split['color_size'], split['depth_size']
-    shift = rng.uniform(-.02, .02, (2, 2))
-    K = intrinsics(size, rng.uniform(*split['hfov']), shift[0] * size[0])
-    K_depth = intrinsics(depth_size, split['depth_hfov'], shift[1] * depth_size[0])
+    size, depth_size = split["color_size"], split["depth_size"]
+    shift = rng.uniform(-0.02, 0.02, (2, 2))
+    K = intrinsics(size, rng.uniform(*split["hfov"]), shift[0] * size[0])
+    K_depth = intrinsics(depth_size, split["depth_hfov"], shift[1] * depth_size[0])
     poses = key_views(scene, caster, K, split, rng)
 
     depth, face, rays = look(caster, poses, K, size)
     radiance = shade(scene, caster, make_light(scene, rng), poses, depth, face, rays, K[0, 0])
-    color = expose(radiance, rng.uniform(*split['exposure'], len(poses)), rng)
+    color = expose(radiance, rng.uniform(*split["exposure"], len(poses)), rng)
     instance = np.append(scene.face_item + 1, 0).astype(np.uint8)[face]
 
     depth, face, rays = look(caster, poses, K_depth, depth_size)
-    holes = depth_holes(caster, poses, depth, face, rays, split['max_depth'], rng)
-    millimetres = np.where(holes == 0, 1000 * noisy_depth(depth, rng) + .5, 0).astype(np.uint16)
+    holes = depth_holes(caster, poses, depth, face, rays, split["max_depth"], rng)
+    millimetres = np.where(holes == 0, 1000 * noisy_depth(depth, rng) + 0.5, 0).astype(np.uint16)
     return Recording(color, millimetres, instance, poses, K, K_depth)
 
 # %% ../../nbs/rooms/04_scanner.ipynb #3e40d8c0
 def boxes_2d(
     recording: Recording,
-    items: int,            # number of items of the scene
+    items: int,  # number of items of the scene
 ) -> np.ndarray:  # (V, items, 4) int64
     "Tight boxes (left, top, right, bottom) of the visible pixels [pixel], right and bottom inclusive; -1 where an item is not seen."
     views, height, width = recording.instance.shape

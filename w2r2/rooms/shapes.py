@@ -9,20 +9,22 @@ __all__ = ['solid', 'coordinate', 'Template', 'build_part', 'build_template', 'l
 import re
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, yaml
+
+import numpy as np
+import yaml
 
 # %% ../../nbs/rooms/00_shapes.ipynb #d7bc897a
 def solid(
-    sides: int,   # corners of each ring; 4 gives squares aligned with the axes
+    sides: int,  # corners of each ring; 4 gives squares aligned with the axes
     rings: list,  # per ring [height, scale] or [height, x0, x1, y0, y1], fractions of the unit box; outside first, then inside
 ) -> tuple[np.ndarray, np.ndarray]:  # vertices (N, 3) in the unit box, faces (F, 3) oriented outwards
     "A closed solid in the unit box, as a stack of rings."
-    angle = 2 * np.pi * (np.arange(sides) + (.5 if sides == 4 else 0)) / sides
+    angle = 2 * np.pi * (np.arange(sides) + (0.5 if sides == 4 else 0)) / sides
     ring = np.stack([np.cos(angle), np.sin(angle)], 1)
     ring = (ring - ring.min(0)) / np.ptp(ring, 0)
     vertices = []
     for height, *rectangle in rings:
-        x0, x1, y0, y1 = rectangle if len(rectangle) == 4 else 2 * [.5 - rectangle[0] / 2, .5 + rectangle[0] / 2]
+        x0, x1, y0, y1 = rectangle if len(rectangle) == 4 else 2 * [0.5 - rectangle[0] / 2, 0.5 + rectangle[0] / 2]
         vertices.append(np.c_[x0 + ring[:, 0] * (x1 - x0), y0 + ring[:, 1] * (y1 - y0), np.full(sides, height)])
     i, j = np.arange(sides), (np.arange(sides) + 1) % sides
     walls = [np.r_[np.c_[i, j, j + sides], np.c_[i, j + sides, i + sides]] + k * sides for k in range(len(rings) - 1)]
@@ -34,86 +36,99 @@ def coordinate(
     text: float | str,  # a fraction, or "fraction+metres", "fraction-metres"
 ) -> tuple[float, float]:
     "A coordinate as (fraction of the size, metres). Raises ValueError."
-    match = re.fullmatch(r'(\d*\.?\d+|\d+\.)([+-](?:\d*\.?\d+))?', str(text))
-    if not match: raise ValueError(f'coordinate {text!r} is neither a fraction nor "fraction+metres"')
+    match = re.fullmatch(r"(\d*\.?\d+|\d+\.)([+-](?:\d*\.?\d+))?", str(text))
+    if not match:
+        raise ValueError(f'coordinate {text!r} is neither a fraction nor "fraction+metres"')
     return float(match[1]), float(match[2] or 0)
 
 # %% ../../nbs/rooms/00_shapes.ipynb #0724d73f
 @dataclass
 class Template:
     "A shape whose size is still open."
-    fraction: np.ndarray        # (N, 3) part of each coordinate that scales with the size
-    metres: np.ndarray          # (N, 3) part that does not [m]
-    faces: np.ndarray           # (F, 3) oriented outwards
-    finish: np.ndarray          # (F,) index into `finishes`
-    finishes: list[str]         # names of the finishes, "main" first
+
+    fraction: np.ndarray  # (N, 3) part of each coordinate that scales with the size
+    metres: np.ndarray  # (N, 3) part that does not [m]
+    faces: np.ndarray  # (F, 3) oriented outwards
+    finish: np.ndarray  # (F,) index into `finishes`
+    finishes: list[str]  # names of the finishes, "main" first
     surface: np.ndarray | None  # (2, 5) where small things may stand: fraction and metres of x0, x1, y0, y1, z
 
-    def mesh(self,
-        size: np.ndarray,   # (3,) depth, width, height [m]
-        scale: float = 1.,  # uniform factor on everything, legs included
-    ) -> np.ndarray:        # (N, 3) vertices [m]
+    def mesh(
+        self,
+        size: np.ndarray,  # (3,) depth, width, height [m]
+        scale: float = 1.0,  # uniform factor on everything, legs included
+    ) -> np.ndarray:  # (N, 3) vertices [m]
         "Vertices of the object of that size times that scale."
-        return scale * (self.fraction * size + self.metres - np.array([.5, .5, 0]) * size)
+        return scale * (self.fraction * size + self.metres - np.array([0.5, 0.5, 0]) * size)
 
-    def top(self,
-        size: np.ndarray,   # (3,) depth, width, height [m]
-        scale: float = 1.,  # uniform factor
-    ) -> np.ndarray:        # (5,) x0, x1, y0, y1, z of the surface [m]
+    def top(
+        self,
+        size: np.ndarray,  # (3,) depth, width, height [m]
+        scale: float = 1.0,  # uniform factor
+    ) -> np.ndarray:  # (5,) x0, x1, y0, y1, z of the surface [m]
         "The rectangle where small things may stand, in the frame of `mesh`."
         size = size[[0, 0, 1, 1, 2]]
-        return scale * (self.surface[0] * size + self.surface[1] - np.array([.5, .5, .5, .5, 0]) * size)
+        return scale * (self.surface[0] * size + self.surface[1] - np.array([0.5, 0.5, 0.5, 0.5, 0]) * size)
 
 # %% ../../nbs/rooms/00_shapes.ipynb #2028d2da
 def build_part(
-    part: dict,    # one entry of a shape's `parts`
+    part: dict,  # one entry of a shape's `parts`
     solids: dict,  # the catalogue's solids: {name: {sides, rings}}
 ) -> list[tuple]:  # copies of (fraction (N, 3), metres (N, 3), faces (F, 3))
     "One part of a shape, with its mirror images and repetitions. Raises ValueError."
-    names = set(part) - {'of', 'mirror', 'repeat', 'axis', 'sides', 'rings'}
-    if len(names) != 1 or not names <= set(solids): raise ValueError(f'part {part} must name one solid of {sorted(solids)}')
+    names = set(part) - {"of", "mirror", "repeat", "axis", "sides", "rings"}
+    if len(names) != 1 or not names <= set(solids):
+        raise ValueError(f"part {part} must name one solid of {sorted(solids)}")
     name = names.pop()
-    if len(part[name]) != 6: raise ValueError(f'part {part} needs x0, x1, y0, y1, z0, z1')
+    if len(part[name]) != 6:
+        raise ValueError(f"part {part} needs x0, x1, y0, y1, z0, z1")
     bounds = np.array([coordinate(c) for c in part[name]]).reshape(3, 2, 2)  # axis, low/high, fraction/metres
-    unit, faces = solid(part.get('sides', solids[name]['sides']), part.get('rings', solids[name]['rings']))
-    unit = np.roll(unit, {'z': 0, 'x': 1, 'y': 2}[part.get('axis', 'z')], axis=1)
-    axis, count = part.get('repeat', ['x', 1])
+    unit, faces = solid(part.get("sides", solids[name]["sides"]), part.get("rings", solids[name]["rings"]))
+    unit = np.roll(unit, {"z": 0, "x": 1, "y": 2}[part.get("axis", "z")], axis=1)
+    axis, count = part.get("repeat", ["x", 1])
     copies = []
     for k in range(count):
         low, high = bounds[:, 0].copy(), bounds[:, 1].copy()
-        a = 'xyz'.index(axis)
+        a = "xyz".index(axis)
         low[a], high[a] = (bounds[a, 0] + (bounds[a, 1] - bounds[a, 0]) * t for t in (k / count, (k + 1) / count))
         vertices = low + unit[:, :, None] * (high - low)
         copies.append((vertices[..., 0], vertices[..., 1], faces))
-    for a in map('xyz'.index, part.get('mirror', '')):
+    for a in map("xyz".index, part.get("mirror", "")):
         sign, shift = np.where(np.arange(3) == a, -1, 1), (np.arange(3) == a)
         copies += [(shift + sign * f, sign * m, t[:, ::-1]) for f, m, t in copies]
     return copies
 
 # %% ../../nbs/rooms/00_shapes.ipynb #b26ea8ac
 def build_template(
-    shape: dict,   # one shape of the catalogue: parts, finish, perhaps surface
+    shape: dict,  # one shape of the catalogue: parts, finish, perhaps surface
     solids: dict,  # the catalogue's solids
 ) -> Template:
     "All parts of a shape as one template. Raises ValueError for an unknown solid or finish."
-    finishes, fraction, metres, faces, finish, n = list(shape['finish']), [], [], [], [], 0
-    if finishes[0] != 'main': raise ValueError('the first finish must be "main"')
-    for part in shape['parts']:
-        if part.get('of', 'main') not in finishes: raise ValueError(f'part {part} wears a finish that is not in {finishes}')
+    finishes, fraction, metres, faces, finish, n = list(shape["finish"]), [], [], [], [], 0
+    if finishes[0] != "main":
+        raise ValueError('the first finish must be "main"')
+    for part in shape["parts"]:
+        if part.get("of", "main") not in finishes:
+            raise ValueError(f"part {part} wears a finish that is not in {finishes}")
         for f, m, t in build_part(part, solids):
-            fraction.append(f); metres.append(m); faces.append(t + n); n += len(f)
-            finish.append(np.full(len(t), finishes.index(part.get('of', 'main'))))
-    surface = np.array([coordinate(c) for c in shape['surface']]).T if 'surface' in shape else None
+            fraction.append(f)
+            metres.append(m)
+            faces.append(t + n)
+            n += len(f)
+            finish.append(np.full(len(t), finishes.index(part.get("of", "main"))))
+    surface = np.array([coordinate(c) for c in shape["surface"]]).T if "surface" in shape else None
     return Template(*map(np.concatenate, (fraction, metres, faces, finish)), finishes, surface)
 
 # %% ../../nbs/rooms/00_shapes.ipynb #b454c3da
 def load_catalogue(
     path: str | Path,  # catalogue.yaml
-) -> dict:             # its content; every shape has got a `template`
+) -> dict:  # its content; every shape has got a `template`
     "Read the catalogue and build its templates. Raises ValueError naming file, category and shape."
-    catalogue = yaml.load(Path(path).read_text(), getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
-    for category, entry in catalogue['categories'].items():
-        for name, shape in entry.get('shapes', {}).items():
-            try: shape['template'] = build_template(shape, catalogue['solids'])
-            except (ValueError, KeyError) as error: raise ValueError(f'{path}: {category}, shape {name}: {error}') from error
+    catalogue = yaml.load(Path(path).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    for category, entry in catalogue["categories"].items():
+        for name, shape in entry.get("shapes", {}).items():
+            try:
+                shape["template"] = build_template(shape, catalogue["solids"])
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{path}: {category}, shape {name}: {error}") from error
     return catalogue

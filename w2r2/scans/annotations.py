@@ -7,7 +7,11 @@ __all__ = ['read_text', 'read_scene_info', 'write_scene_info', 'Group', 'read_se
            'write_aggregation', 'LabelImages', 'write_label_images', 'LabelTable', 'read_split', 'write_split']
 
 # %% ../../nbs/scans/06_annotations.ipynb #04e4c9a8
-import csv, io, json, re, zipfile
+import csv
+import io
+import json
+import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,92 +26,123 @@ def read_text(
     path: str | Path,
 ) -> str:
     "A text file as UTF-8 without carriage returns; raises `ScanNetError`."
-    try: return regular_file(path).read_bytes().decode().replace('\r\n', '\n')
-    except UnicodeDecodeError as error: raise ScanNetError(path, f'byte {error.start}', 'is no UTF-8 text') from error
+    try:
+        return regular_file(path).read_bytes().decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ScanNetError(path, f"byte {error.start}", "is no UTF-8 text") from error
+
 
 def read_scene_info(
-    path: str | Path,   # <scene>.txt
-) -> dict[str, int | float | str | np.ndarray]:   # sixteen numbers become a (4, 4) float64 array
+    path: str | Path,  # <scene>.txt
+) -> dict[str, int | float | str | np.ndarray]:  # sixteen numbers become a (4, 4) float64 array
     "Reads the `key = value` lines of a scan; raises `ScanNetError`."
     info = {}
-    for number, line in enumerate(read_text(path).split('\n'), 1):
-        if not line.strip(): continue
-        key, separator, text = line.partition(' = ')
-        if not separator: raise ScanNetError(path, f'line {number}', 'is not of the form key = value')
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        key, separator, text = line.partition(" = ")
+        if not separator:
+            raise ScanNetError(path, f"line {number}", "is not of the form key = value")
         value = text.strip()
-        try: numbers = [float(word) for word in value.split()]
-        except ValueError: numbers = []
-        if len(numbers) in (1, 16) and not np.isfinite(numbers).all(): raise ScanNetError(path, f'line {number}', f'{key.strip()} is not finite')
-        if len(numbers) == 16: value = np.array(numbers).reshape(4, 4)
-        elif len(numbers) == 1: value = int(value) if value.lstrip('-').isdecimal() and len(value) < 19 else numbers[0]
+        try:
+            numbers = [float(word) for word in value.split()]
+        except ValueError:
+            numbers = []
+        if len(numbers) in (1, 16) and not np.isfinite(numbers).all():
+            raise ScanNetError(path, f"line {number}", f"{key.strip()} is not finite")
+        if len(numbers) == 16:
+            value = np.array(numbers).reshape(4, 4)
+        elif len(numbers) == 1:
+            value = int(value) if value.lstrip("-").isdecimal() and len(value) < 19 else numbers[0]
         info[key.strip()] = value
     return info
 
+
 def write_scene_info(
     path: str | Path,
-    info: Mapping[str, object],   # matrices as (4, 4) arrays
+    info: Mapping[str, object],  # matrices as (4, 4) arrays
 ) -> Path:
     "Writes `key = value` lines that `read_scene_info` returns unchanged."
-    lines = [f'{key} = {" ".join(map(repr, value.ravel().tolist())) if isinstance(value, np.ndarray) else value}\n' for key, value in info.items()]
-    with atomic_write(path) as file: file.write(''.join(lines).encode())
+    lines = [
+        f"{key} = {' '.join(map(repr, value.ravel().tolist())) if isinstance(value, np.ndarray) else value}\n"
+        for key, value in info.items()
+    ]
+    with atomic_write(path) as file:
+        file.write("".join(lines).encode())
     return Path(path)
 
 # %% ../../nbs/scans/06_annotations.ipynb #2b5e5e01
 @dataclass(frozen=True)
 class Group:
     "One annotated object."
-    object_id: int             # 0-based `objectId`, ScanRefer's `object_id`
-    label: str                 # raw category, a key of the label table
+
+    object_id: int  # 0-based `objectId`, ScanRefer's `object_id`
+    label: str  # raw category, a key of the label table
     segments: tuple[int, ...]  # ids of its segments
+
 
 def _read_json(path, key: str) -> list:
     "The list under `key` of a JSON object."
-    try: data = json.loads(read_text(path))
+    try:
+        data = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ScanNetError): raise
-        raise ScanNetError(path, 'text', f'is no JSON ({str(error)[:80]})') from error
-    if not isinstance(data, dict) or not isinstance(data.get(key), list): raise ScanNetError(path, key, 'is missing or no list')
+        if isinstance(error, ScanNetError):
+            raise
+        raise ScanNetError(path, "text", f"is no JSON ({str(error)[:80]})") from error
+    if not isinstance(data, dict) or not isinstance(data.get(key), list):
+        raise ScanNetError(path, key, "is missing or no list")
     return data[key]
 
+
 def _write_json(path, data: dict) -> Path:
-    with atomic_write(path) as file: file.write(json.dumps(data, separators=(',', ':')).encode())
+    with atomic_write(path) as file:
+        file.write(json.dumps(data, separators=(",", ":")).encode())
     return Path(path)
 
-def _is_index(value) -> bool: return type(value) is int and 0 <= value < 2 ** 31
+
+def _is_index(value) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 # %% ../../nbs/scans/06_annotations.ipynb #2533b3fb
 def read_segments(
-    path: str | Path,   # <scene>_vh_clean_2.0.010000.segs.json
-) -> np.ndarray:        # (N,) int64 segment id of each vertex
+    path: str | Path,  # <scene>_vh_clean_2.0.010000.segs.json
+) -> np.ndarray:  # (N,) int64 segment id of each vertex
     "Segment of each vertex; raises `ScanNetError`."
-    segments = _read_json(path, 'segIndices')
+    segments = _read_json(path, "segIndices")
     wrong = next((i for i, value in enumerate(segments) if not _is_index(value)), None)
-    if wrong is not None: raise ScanNetError(path, f'segIndices[{wrong}]', f'{str(segments[wrong])[:40]!r} is no segment id')
+    if wrong is not None:
+        raise ScanNetError(path, f"segIndices[{wrong}]", f"{str(segments[wrong])[:40]!r} is no segment id")
     return np.array(segments, np.int64)
+
 
 def write_segments(
     path: str | Path,
     scene_id: str,
-    segments: np.ndarray,   # (N,) int
+    segments: np.ndarray,  # (N,) int
 ) -> Path:
     "Writes `segs.json`."
-    return _write_json(path, {'params': {}, 'sceneId': scene_id, 'segIndices': np.asarray(segments).tolist()})
+    return _write_json(path, {"params": {}, "sceneId": scene_id, "segIndices": np.asarray(segments).tolist()})
 
 # %% ../../nbs/scans/06_annotations.ipynb #33d78450
 def read_aggregation(
-    path: str | Path,   # <scene>.aggregation.json
-) -> list[Group]:       # in the order of the file, which decides who owns a shared segment
+    path: str | Path,  # <scene>.aggregation.json
+) -> list[Group]:  # in the order of the file, which decides who owns a shared segment
     "Annotated objects; raises `ScanNetError`."
     groups = []
-    for i, group in enumerate(_read_json(path, 'segGroups')):
-        where = f'segGroups[{i}]'
-        if not isinstance(group, dict): raise ScanNetError(path, where, 'is no object')
-        object_id, label, segments = (group.get(key) for key in ('objectId', 'label', 'segments'))
-        if not _is_index(object_id) or not isinstance(label, str): raise ScanNetError(path, where, 'lacks an objectId or a label')
-        if not isinstance(segments, list) or not segments or not all(map(_is_index, segments)): raise ScanNetError(path, where, 'lacks a list of segment ids')
+    for i, group in enumerate(_read_json(path, "segGroups")):
+        where = f"segGroups[{i}]"
+        if not isinstance(group, dict):
+            raise ScanNetError(path, where, "is no object")
+        object_id, label, segments = (group.get(key) for key in ("objectId", "label", "segments"))
+        if not _is_index(object_id) or not isinstance(label, str):
+            raise ScanNetError(path, where, "lacks an objectId or a label")
+        if not isinstance(segments, list) or not segments or not all(map(_is_index, segments)):
+            raise ScanNetError(path, where, "lacks a list of segment ids")
         groups.append(Group(object_id, label, tuple(segments)))
-    if len({group.object_id for group in groups}) < len(groups): raise ScanNetError(path, 'segGroups', 'one objectId is there twice')
+    if len({group.object_id for group in groups}) < len(groups):
+        raise ScanNetError(path, "segGroups", "one objectId is there twice")
     return groups
+
 
 def write_aggregation(
     path: str | Path,
@@ -115,109 +150,152 @@ def write_aggregation(
     groups: Iterable[Group],
 ) -> Path:
     "Writes `aggregation.json`."
-    return _write_json(path, {'sceneId': f'scannet.{scene_id}', 'appId': 'w2r2', 'segmentsFile': f'scannet.{scene_id}_vh_clean_2.0.010000.segs.json',
-        'segGroups': [{'id': group.object_id, 'objectId': group.object_id, 'segments': list(group.segments), 'label': group.label} for group in groups]})
+    return _write_json(
+        path,
+        {
+            "sceneId": f"scannet.{scene_id}",
+            "appId": "w2r2",
+            "segmentsFile": f"scannet.{scene_id}_vh_clean_2.0.010000.segs.json",
+            "segGroups": [
+                {
+                    "id": group.object_id,
+                    "objectId": group.object_id,
+                    "segments": list(group.segments),
+                    "label": group.label,
+                }
+                for group in groups
+            ],
+        },
+    )
 
 # %% ../../nbs/scans/06_annotations.ipynb #b9714439
 class LabelImages(Mapping):
     "Images of a `2d-instance` or `2d-label` zip by frame number, decoded on access."
-    def __init__(self,
-        path: str | Path,   # <scene>_2d-{instance,label}[-filt].zip
-        size: tuple[int, int] | None = None,   # width and height that all images must have; None: any
+
+    def __init__(
+        self,
+        path: str | Path,  # <scene>_2d-{instance,label}[-filt].zip
+        size: tuple[int, int] | None = None,  # width and height that all images must have; None: any
     ):
         self.size = size
         self.path = regular_file(path)
         with self._open() as archive:
-            names = [re.fullmatch(r'(?:[\w-]+/)?([0-9]{1,9})\.png', name) for name in archive.namelist()]
+            names = [re.fullmatch(r"(?:[\w-]+/)?([0-9]{1,9})\.png", name) for name in archive.namelist()]
         self._names = dict(sorted((int(match[1]), match[0]) for match in names if match))
-        if not self._names: raise ScanNetError(path, 'names', 'holds no numbered PNG images')
+        if not self._names:
+            raise ScanNetError(path, "names", "holds no numbered PNG images")
 
     def _open(self) -> zipfile.ZipFile:
-        try: return zipfile.ZipFile(self.path)
-        except Exception as error: raise ScanNetError(self.path, 'archive', f'is no readable zip file ({error})') from error
+        try:
+            return zipfile.ZipFile(self.path)
+        except Exception as error:
+            raise ScanNetError(self.path, "archive", f"is no readable zip file ({error})") from error
 
-    def __len__(self): return len(self._names)
-    def __iter__(self): return iter(self._names)
+    def __len__(self):
+        return len(self._names)
+
+    def __iter__(self):
+        return iter(self._names)
 
     def __getitem__(self, number: int) -> np.ndarray:
         "(H, W) uint8 or uint16 label of each pixel. Raises `ScanNetError`."
         name = self._names[number]
         with self._open() as archive:
             info = archive.getinfo(name)
-            if info.file_size > MAX_EXPANSION * self.path.stat().st_size: raise ScanNetError(self.path, name, f'claims {info.file_size:,} bytes')
-            try: blob = archive.read(info)
-            except Exception as error: raise ScanNetError(self.path, name, f'is damaged ({error})') from error
-        image = decode_image(blob, ['PNG'], self.size, self.path, name)
-        if image.mode not in ('L', 'I;16'): raise ScanNetError(self.path, name, f'PNG of mode {image.mode} instead of 8 or 16-bit grey')
-        return np.array(image, np.uint8 if image.mode == 'L' else np.uint16)
+            if info.file_size > MAX_EXPANSION * self.path.stat().st_size:
+                raise ScanNetError(self.path, name, f"claims {info.file_size:,} bytes")
+            try:
+                blob = archive.read(info)
+            except Exception as error:
+                raise ScanNetError(self.path, name, f"is damaged ({error})") from error
+        image = decode_image(blob, ["PNG"], self.size, self.path, name)
+        if image.mode not in ("L", "I;16"):
+            raise ScanNetError(self.path, name, f"PNG of mode {image.mode} instead of 8 or 16-bit grey")
+        return np.array(image, np.uint8 if image.mode == "L" else np.uint16)
+
 
 def write_label_images(
     path: str | Path,
-    images: Mapping[int, np.ndarray],   # (H, W) uint8 or uint16 by frame number
-    folder: str,                        # inside the archive, for example 'instance-filt'
+    images: Mapping[int, np.ndarray],  # (H, W) uint8 or uint16 by frame number
+    folder: str,  # inside the archive, for example 'instance-filt'
 ) -> Path:
     "Writes label images as PNG files in a zip whose bytes depend on the images alone."
-    with atomic_write(path) as file, zipfile.ZipFile(file, 'w') as archive:
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
         for number, image in images.items():
             stream = io.BytesIO()
-            Image.fromarray(image).save(stream, 'PNG')
-            info = zipfile.ZipInfo(f'{folder}/{number}.png', date_time=(1980, 1, 1, 0, 0, 0))
-            info.create_system = 3   # the same on every platform
+            Image.fromarray(image).save(stream, "PNG")
+            info = zipfile.ZipInfo(f"{folder}/{number}.png", date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system = 3  # the same on every platform
             archive.writestr(info, stream.getvalue())
     return Path(path)
 
 # %% ../../nbs/scans/06_annotations.ipynb #28a2ad86
 class LabelTable:
     "Raw label -> ScanNet id, nyu40 id and nyu40 class, as dictionaries."
-    columns = ('id raw_category category count nyu40id eigen13id nyuClass nyu40class eigen13class ModelNet40 ModelNet10 ShapeNetCore55 '
-               'synsetoffset wnsynsetid wnsynsetkey mpcat40 mpcat40index').split()
 
-    def __init__(self,
-        rows: Iterable[Mapping[str, str]],   # at least id, raw_category, nyu40id, nyu40class; numbers as text
-        file: str | Path = 'label table',    # named in errors
+    columns = (
+        "id raw_category category count nyu40id eigen13id nyuClass nyu40class eigen13class ModelNet40 ModelNet10 ShapeNetCore55 "
+        "synsetoffset wnsynsetid wnsynsetkey mpcat40 mpcat40index"
+    ).split()
+
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, str]],  # at least id, raw_category, nyu40id, nyu40class; numbers as text
+        file: str | Path = "label table",  # named in errors
     ):
         self.rows = list(rows)
         for number, row in enumerate(self.rows, 1):
-            if not (row['raw_category'] and all(row[key].isdecimal() and len(row[key]) < 6 for key in ('id', 'nyu40id'))):
-                raise ScanNetError(file, f'row {number}', 'lacks a raw category, or its id or nyu40id is no number')
-        self.id = {row['raw_category']: int(row['id']) for row in self.rows}
-        self.nyu40id = {row['raw_category']: int(row['nyu40id']) for row in self.rows}
-        self.nyu40class = {row['raw_category']: row['nyu40class'] for row in self.rows}
+            if not (
+                row["raw_category"] and all(row[key].isdecimal() and len(row[key]) < 6 for key in ("id", "nyu40id"))
+            ):
+                raise ScanNetError(file, f"row {number}", "lacks a raw category, or its id or nyu40id is no number")
+        self.id = {row["raw_category"]: int(row["id"]) for row in self.rows}
+        self.nyu40id = {row["raw_category"]: int(row["nyu40id"]) for row in self.rows}
+        self.nyu40class = {row["raw_category"]: row["nyu40class"] for row in self.rows}
 
     @classmethod
-    def read(cls, path: str | Path) -> 'LabelTable':
+    def read(cls, path: str | Path) -> "LabelTable":
         "Reads the tab-separated table; raises `ScanNetError`."
-        lines = [line.split('\t') for line in read_text(path).rstrip('\n').split('\n')]
-        missing = {'id', 'raw_category', 'nyu40id', 'nyu40class'} - set(lines[0])
-        if missing: raise ScanNetError(path, 'line 1', f'has no column {", ".join(sorted(missing))}')
+        lines = [line.split("\t") for line in read_text(path).rstrip("\n").split("\n")]
+        missing = {"id", "raw_category", "nyu40id", "nyu40class"} - set(lines[0])
+        if missing:
+            raise ScanNetError(path, "line 1", f"has no column {', '.join(sorted(missing))}")
         odd = next((number for number, line in enumerate(lines, 1) if len(line) != len(lines[0])), None)
-        if odd is not None: raise ScanNetError(path, f'line {odd}', f'has {len(lines[odd - 1])} columns instead of {len(lines[0])}')
+        if odd is not None:
+            raise ScanNetError(path, f"line {odd}", f"has {len(lines[odd - 1])} columns instead of {len(lines[0])}")
         return cls([dict(zip(lines[0], line)) for line in lines[1:]], path)
 
     def write(self, path: str | Path) -> Path:
         "Writes all seventeen columns; those that are not known stay empty."
         text = io.StringIO()
-        table = csv.DictWriter(text, self.columns, restval='', delimiter='\t', lineterminator='\n', quoting=csv.QUOTE_NONE, quotechar=None)
+        table = csv.DictWriter(
+            text, self.columns, restval="", delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None
+        )
         table.writeheader()
         table.writerows(self.rows)
-        with atomic_write(path) as file: file.write(text.getvalue().encode())
+        with atomic_write(path) as file:
+            file.write(text.getvalue().encode())
         return Path(path)
 
 # %% ../../nbs/scans/06_annotations.ipynb #d90b5c23
 def read_split(
     path: str | Path,
-) -> list[str]:   # scene ids in the order of the file
+) -> list[str]:  # scene ids in the order of the file
     "Scene ids of a split; raises `ScanNetError` for anything that is none, and for repetitions."
     scenes = read_text(path).split()
     wrong = next((i for i, scene in enumerate(scenes) if not SCENE_ID.fullmatch(scene)), None)
-    if wrong is not None: raise ScanNetError(path, f'entry {wrong + 1}', f'{scenes[wrong][:40]!r} is no scene id')
-    if len(set(scenes)) < len(scenes): raise ScanNetError(path, 'list', 'one scene is there twice')
+    if wrong is not None:
+        raise ScanNetError(path, f"entry {wrong + 1}", f"{scenes[wrong][:40]!r} is no scene id")
+    if len(set(scenes)) < len(scenes):
+        raise ScanNetError(path, "list", "one scene is there twice")
     return scenes
+
 
 def write_split(
     path: str | Path,
     scenes: Iterable[str],
 ) -> Path:
     "Writes scene ids, one per line."
-    with atomic_write(path) as file: file.write(''.join(f'{scene}\n' for scene in scenes).encode())
+    with atomic_write(path) as file:
+        file.write("".join(f"{scene}\n" for scene in scenes).encode())
     return Path(path)

@@ -26,7 +26,9 @@ def invert_rigid(
     "Inverse of rigid transforms."
     xp = torch if isinstance(transform, torch.Tensor) else np
     rotation = transform[..., :3, :3].mT
-    return xp.concatenate([xp.concatenate([rotation, -rotation @ transform[..., :3, 3:]], -1), transform[..., 3:, :]], -2)
+    return xp.concatenate(
+        [xp.concatenate([rotation, -rotation @ transform[..., :3, 3:]], -1), transform[..., 3:, :]], -2
+    )
 
 # %% ../../nbs/scans/01_cameras.ipynb #52453312
 def transform_boxes(

@@ -7,7 +7,10 @@ __all__ = ['SCENE_ID', 'MAX_SIDE', 'MAX_PIXELS', 'MAX_EXPANSION', 'ScanNetError'
            'scene_folder', 'open_image', 'decode_image']
 
 # %% ../../nbs/scans/02_files.ipynb #22546d2d
-import contextlib, io, os, re
+import contextlib
+import io
+import os
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -15,37 +18,41 @@ from PIL import Image
 # %% ../../nbs/scans/02_files.ipynb #8ba8dd84
 class ScanNetError(ValueError):
     "Malformed or missing ScanNet data: which file, where in it, what is wrong, and the remedy."
-    def __init__(self,
-        file: str | Path,   # the file, or what takes its place
-        where: str,         # byte offset, record or field
-        problem: str,       # what was found
-        remedy: str = 'Download or export the file again',
+
+    def __init__(
+        self,
+        file: str | Path,  # the file, or what takes its place
+        where: str,  # byte offset, record or field
+        problem: str,  # what was found
+        remedy: str = "Download or export the file again",
     ):
         super().__init__(str(file), where, problem, remedy)
         self.file, self.where, self.problem, self.remedy = self.args
 
-    def __str__(self): return f'{self.file}: {self.where}: {self.problem}. {self.remedy}.'
+    def __str__(self):
+        return f"{self.file}: {self.where}: {self.problem}. {self.remedy}."
 
 # %% ../../nbs/scans/02_files.ipynb #2dc47f15
 def regular_file(
     path: str | Path,
-) -> Path:           # the same path
+) -> Path:  # the same path
     "Checks that `path` is a readable regular file; raises `ScanNetError` if not."
     path = Path(path)
-    if '\0' in str(path) or not path.is_file() or not os.access(path, os.R_OK):
-        raise ScanNetError(path, 'file', 'missing, unreadable or not a regular file', 'Check the path and the download')
+    if "\0" in str(path) or not path.is_file() or not os.access(path, os.R_OK):
+        raise ScanNetError(path, "file", "missing, unreadable or not a regular file", "Check the path and the download")
     return path
 
 # %% ../../nbs/scans/02_files.ipynb #5c3dd4c7
 @contextlib.contextmanager
 def atomic_write(
-    path: str | Path,   # appears, or is replaced, when the block ends without an error
+    path: str | Path,  # appears, or is replaced, when the block ends without an error
 ):
     "A binary file to write to, renamed to `path` at the end; after an error nothing is left behind."
     path = Path(path)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, 'wb') as file: yield file
+        with open(part, "wb") as file:
+            yield file
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -53,57 +60,77 @@ def atomic_write(
 
 # %% ../../nbs/scans/02_files.ipynb #d01bbc9d
 def inside(
-    folder: str | Path,   # may itself be a link
-    *names: str,          # path below the folder
-) -> Path:                # folder / names, not resolved
+    folder: str | Path,  # may itself be a link
+    *names: str,  # path below the folder
+) -> Path:  # folder / names, not resolved
     "Joins names to a folder; raises `ScanNetError` if the result, links followed, lies outside."
     path = Path(folder).joinpath(*names)
-    if '\0' in str(path) or not path.resolve().is_relative_to(Path(folder).resolve()):
-        raise ScanNetError(folder, 'path', f'{"/".join(map(str, names))!r} leaves the folder', 'Name the folder that really holds the data; links out of it are not followed')
+    if "\0" in str(path) or not path.resolve().is_relative_to(Path(folder).resolve()):
+        raise ScanNetError(
+            folder,
+            "path",
+            f"{'/'.join(map(str, names))!r} leaves the folder",
+            "Name the folder that really holds the data; links out of it are not followed",
+        )
     return path
 
-SCENE_ID = re.compile('scene[0-9]{4}_[0-9]{2}')   # space, scan
+
+SCENE_ID = re.compile("scene[0-9]{4}_[0-9]{2}")  # space, scan
+
 
 def scene_folder(
-    root: str | Path,   # folder that holds scene folders
-    scene_id: str,      # for example scene0000_00
+    root: str | Path,  # folder that holds scene folders
+    scene_id: str,  # for example scene0000_00
 ) -> Path:
     "Folder of one scene below `root`; raises `ScanNetError` for anything that is no scene id."
     if not isinstance(scene_id, str) or not SCENE_ID.fullmatch(scene_id):
-        raise ScanNetError(root, 'scene id', f'{scene_id!r} is no scene id', 'Use the form scene0000_00')
+        raise ScanNetError(root, "scene id", f"{scene_id!r} is no scene id", "Use the form scene0000_00")
     return inside(root, scene_id)
 
 # %% ../../nbs/scans/02_files.ipynb #2464055a
-MAX_SIDE, MAX_PIXELS = 16_384, 2 ** 26   # of an image; a full-size ScanNet colour frame has 1.25 million pixels
-MAX_EXPANSION = 1032                    # deflate's limit; jpeg stays below it
+MAX_SIDE, MAX_PIXELS = 16_384, 2**26  # of an image; a full-size ScanNet colour frame has 1.25 million pixels
+MAX_EXPANSION = 1032  # deflate's limit; jpeg stays below it
+
 
 @contextlib.contextmanager
 def _decoding(formats, file, where):
-    try: yield
-    except ScanNetError: raise
-    except Exception as error:   # a decoder may raise anything on damaged bytes
-        raise ScanNetError(file, where, f'no readable {" or ".join(formats)} image ({type(error).__name__}: {error})') from error
+    try:
+        yield
+    except ScanNetError:
+        raise
+    except Exception as error:  # a decoder may raise anything on damaged bytes
+        raise ScanNetError(
+            file, where, f"no readable {' or '.join(formats)} image ({type(error).__name__}: {error})"
+        ) from error
+
 
 def open_image(
-    blob: bytes,         # compressed image
+    blob: bytes,  # compressed image
     formats: list[str],  # Pillow's names of the formats allowed
-    size: tuple[int, int] | None,   # width and height that it must have; None: any
-    file: str | Path,    # named in errors
-    where: str,          # named in errors
-) -> Image.Image:        # not yet decoded
+    size: tuple[int, int] | None,  # width and height that it must have; None: any
+    file: str | Path,  # named in errors
+    where: str,  # named in errors
+) -> Image.Image:  # not yet decoded
     "Reads the header of an image and checks its declared size; raises `ScanNetError`."
-    with _decoding(formats, file, where): image = Image.open(io.BytesIO(blob), formats=formats)
+    with _decoding(formats, file, where):
+        image = Image.open(io.BytesIO(blob), formats=formats)
     width, height = image.size
     if size is not None and image.size != tuple(size):
-        raise ScanNetError(file, where, f'image of {width} x {height} pixels where {size[0]} x {size[1]} are announced')
+        raise ScanNetError(file, where, f"image of {width} x {height} pixels where {size[0]} x {size[1]} are announced")
     if max(width, height) > MAX_SIDE or width * height > min(MAX_PIXELS, MAX_EXPANSION * len(blob)):
-        raise ScanNetError(file, where, f'{len(blob):,} bytes cannot hold {width} x {height} pixels')
+        raise ScanNetError(file, where, f"{len(blob):,} bytes cannot hold {width} x {height} pixels")
     return image
 
+
 def decode_image(
-    blob: bytes, formats: list[str], size: tuple[int, int] | None, file: str | Path, where: str,   # as for open_image
-) -> Image.Image:        # decoded
+    blob: bytes,
+    formats: list[str],
+    size: tuple[int, int] | None,
+    file: str | Path,
+    where: str,  # as for open_image
+) -> Image.Image:  # decoded
     "Decodes an image that passes the checks of `open_image`; raises `ScanNetError`."
     image = open_image(blob, formats, size, file, where)
-    with _decoding(formats, file, where): image.load()
+    with _decoding(formats, file, where):
+        image.load()
     return image

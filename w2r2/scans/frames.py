@@ -6,7 +6,9 @@
 __all__ = ['LAYOUTS', 'write_matrix', 'read_matrix', 'export_frames', 'FrameFolder', 'open_frames']
 
 # %% ../../nbs/scans/05_frames.ipynb #cd908aac
-import io, os, re
+import io
+import os
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -19,118 +21,181 @@ from .sens import Frame, Sens, SensHeader, encode_frame, usable_poses, write_sen
 
 # %% ../../nbs/scans/05_frames.ipynb #1c42cc71
 LAYOUTS = {
-    'folders': {'color': 'color/{}.jpg', 'depth': 'depth/{}.png', 'pose': 'pose/{}.txt',
-                'intrinsic_color': 'intrinsic/intrinsic_color.txt', 'intrinsic_depth': 'intrinsic/intrinsic_depth.txt',
-                'extrinsic_color': 'intrinsic/extrinsic_color.txt', 'extrinsic_depth': 'intrinsic/extrinsic_depth.txt'},
-    'posed_images': {'color': '{:05d}.jpg', 'depth': '{:05d}.png', 'pose': '{:05d}.txt',
-                     'intrinsic_color': 'intrinsic.txt', 'intrinsic_depth': 'depth_intrinsic.txt'},
+    "folders": {
+        "color": "color/{}.jpg",
+        "depth": "depth/{}.png",
+        "pose": "pose/{}.txt",
+        "intrinsic_color": "intrinsic/intrinsic_color.txt",
+        "intrinsic_depth": "intrinsic/intrinsic_depth.txt",
+        "extrinsic_color": "intrinsic/extrinsic_color.txt",
+        "extrinsic_depth": "intrinsic/extrinsic_depth.txt",
+    },
+    "posed_images": {
+        "color": "{:05d}.jpg",
+        "depth": "{:05d}.png",
+        "pose": "{:05d}.txt",
+        "intrinsic_color": "intrinsic.txt",
+        "intrinsic_depth": "depth_intrinsic.txt",
+    },
 }
 
 # %% ../../nbs/scans/05_frames.ipynb #b6adc1f9
 def write_matrix(
     path: str | Path,
-    matrix: np.ndarray,   # (4, 4)
+    matrix: np.ndarray,  # (4, 4)
 ):
     "Writes a matrix as the published tools do (six decimals)."
-    text = ''.join(' '.join(f'{value:.6f}' for value in row) + '\n' for row in np.asarray(matrix, np.float64).tolist())
-    with atomic_write(path) as file: file.write(text.encode())
+    text = "".join(" ".join(f"{value:.6f}" for value in row) + "\n" for row in np.asarray(matrix, np.float64).tolist())
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
 
 def read_matrix(
     path: str | Path,
-) -> np.ndarray:   # (4, 4) float64
+) -> np.ndarray:  # (4, 4) float64
     "Reads sixteen numbers; raises `ScanNetError` for anything else. Infinities are left to the caller to judge."
-    try: return np.array(regular_file(path).read_bytes()[:4096].split(), np.float64).reshape(4, 4)
-    except ScanNetError: raise
-    except ValueError as error: raise ScanNetError(path, 'text', 'is not four lines of four numbers') from error
+    try:
+        return np.array(regular_file(path).read_bytes()[:4096].split(), np.float64).reshape(4, 4)
+    except ScanNetError:
+        raise
+    except ValueError as error:
+        raise ScanNetError(path, "text", "is not four lines of four numbers") from error
 
 # %% ../../nbs/scans/05_frames.ipynb #ee523398
 def export_frames(
-    frames: Iterable[Frame],     # for example a Sens
-    folder: str | Path,          # created if missing
-    layout: str = 'folders',     # a key of LAYOUTS
-    step: int = 1,               # keep every step-th frame, under its original number
-    quality: int = 95,           # for colour that is not yet jpeg
-) -> Path:                       # the folder
+    frames: Iterable[Frame],  # for example a Sens
+    folder: str | Path,  # created if missing
+    layout: str = "folders",  # a key of LAYOUTS
+    step: int = 1,  # keep every step-th frame, under its original number
+    quality: int = 95,  # for colour that is not yet jpeg
+) -> Path:  # the folder
     "Unpacks a recording. Frames without a pose are exported too, with their -inf pose, as the published tools do."
     names, folder, header = LAYOUTS[layout], Path(folder), None
-    for name in names.values(): (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    for name in names.values():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
     for frame in frames:
-        if frame.index % step: continue
+        if frame.index % step:
+            continue
         header, color, depth = frame.header, frame.color_bytes, frame.depth_bytes
-        if header.color_compression != 'jpeg':
+        if header.color_compression != "jpeg":
             stream = io.BytesIO()
-            Image.fromarray(frame.color).save(stream, 'JPEG', quality=quality)
+            Image.fromarray(frame.color).save(stream, "JPEG", quality=quality)
             color = stream.getvalue()
-        if header.depth_compression != 'png_ushort':
+        if header.depth_compression != "png_ushort":
             stream = io.BytesIO()
-            Image.fromarray(frame.depth).save(stream, 'PNG')
+            Image.fromarray(frame.depth).save(stream, "PNG")
             depth = stream.getvalue()
-        for part, blob in (('color', color), ('depth', depth)):
-            with atomic_write(folder / names[part].format(frame.index)) as file: file.write(blob)
-        write_matrix(folder / names['pose'].format(frame.index), frame.pose)
-    if header is None: raise ScanNetError(folder, 'export', 'there are no frames to export', 'Choose another step or recording')
-    for part in names.keys() - {'color', 'depth', 'pose'}: write_matrix(folder / names[part], getattr(header, part))
+        for part, blob in (("color", color), ("depth", depth)):
+            with atomic_write(folder / names[part].format(frame.index)) as file:
+                file.write(blob)
+        write_matrix(folder / names["pose"].format(frame.index), frame.pose)
+    if header is None:
+        raise ScanNetError(folder, "export", "there are no frames to export", "Choose another step or recording")
+    for part in names.keys() - {"color", "depth", "pose"}:
+        write_matrix(folder / names[part], getattr(header, part))
     return folder
 
 # %% ../../nbs/scans/05_frames.ipynb #d784247b
 class FrameFolder:
     "Random access to an exported recording, with the interface of `Sens`."
-    def __init__(self,
-        path: str | Path,   # folder in one of the LAYOUTS; raises ScanNetError if incomplete
+
+    def __init__(
+        self,
+        path: str | Path,  # folder in one of the LAYOUTS; raises ScanNetError if incomplete
     ):
         self.path = Path(path)
-        self.layout = next((name for name, names in LAYOUTS.items() if (self.path / names['intrinsic_color']).is_file()), None)
+        self.layout = next(
+            (name for name, names in LAYOUTS.items() if (self.path / names["intrinsic_color"]).is_file()), None
+        )
         if self.layout is None:
-            raise ScanNetError(path, 'folder', 'holds no colour camera in a known layout', f'Export it with one of the layouts {", ".join(LAYOUTS)}')
+            raise ScanNetError(
+                path,
+                "folder",
+                "holds no colour camera in a known layout",
+                f"Export it with one of the layouts {', '.join(LAYOUTS)}",
+            )
         names, found = LAYOUTS[self.layout], {}
-        for part in ('color', 'depth', 'pose'):
-            where, pattern = inside(self.path, names[part].format(0)).parent, r'([0-9]{1,9})\.' + names[part][-3:]
-            listed = [match[1] for match in map(re.compile(pattern).fullmatch, os.listdir(where) if where.is_dir() else []) if match]
+        for part in ("color", "depth", "pose"):
+            where, pattern = inside(self.path, names[part].format(0)).parent, r"([0-9]{1,9})\." + names[part][-3:]
+            listed = [
+                match[1]
+                for match in map(re.compile(pattern).fullmatch, os.listdir(where) if where.is_dir() else [])
+                if match
+            ]
             found[part] = {int(stem): stem for stem in listed}
-            if len(found[part]) < len(listed): raise ScanNetError(where, 'names', 'one frame is there twice', 'Keep one spelling of each number')
-        self._stems = found['color']
-        self.numbers = np.array(sorted(self._stems), np.int64)   # (V,) frame numbers in the recording
-        for part in ('depth', 'pose'):
+            if len(found[part]) < len(listed):
+                raise ScanNetError(where, "names", "one frame is there twice", "Keep one spelling of each number")
+        self._stems = found["color"]
+        self.numbers = np.array(sorted(self._stems), np.int64)  # (V,) frame numbers in the recording
+        for part in ("depth", "pose"):
             odd = found[part].keys() ^ self._stems.keys()
-            if odd: raise ScanNetError(path, f'frame {min(odd)}', f'has no {part if min(odd) in self._stems else "colour"} file', 'Export the scan again')
-        if not len(self.numbers): raise ScanNetError(path, 'folder', 'holds no frames', 'Export the scan again')
+            if odd:
+                raise ScanNetError(
+                    path,
+                    f"frame {min(odd)}",
+                    f"has no {part if min(odd) in self._stems else 'colour'} file",
+                    "Export the scan again",
+                )
+        if not len(self.numbers):
+            raise ScanNetError(path, "folder", "holds no frames", "Export the scan again")
 
     def _file(self, part: str, number: int) -> Path:
         name = LAYOUTS[self.layout][part]
         return regular_file(inside(self.path, os.path.dirname(name), self._stems[number] + name[-4:]))
 
-    def _frame_blob(self, number: int): return lambda part: self._file(part, number).read_bytes()
+    def _frame_blob(self, number: int):
+        return lambda part: self._file(part, number).read_bytes()
 
     @cached_property
     def header(self) -> SensHeader:
         "Cameras, and the image sizes that the first and the last frame agree on. Raises `ScanNetError`."
-        cameras = {part: read_matrix(inside(self.path, name)) for part, name in LAYOUTS[self.layout].items()
-                   if part not in ('color', 'depth', 'pose') and (self.path / name).is_file()}
-        if 'intrinsic_depth' not in cameras: raise ScanNetError(self.path, 'folder', 'holds no depth camera', 'Export the scan again')
+        cameras = {
+            part: read_matrix(inside(self.path, name))
+            for part, name in LAYOUTS[self.layout].items()
+            if part not in ("color", "depth", "pose") and (self.path / name).is_file()
+        }
+        if "intrinsic_depth" not in cameras:
+            raise ScanNetError(self.path, "folder", "holds no depth camera", "Export the scan again")
         sizes = {}
-        for part, kind in (('color', 'JPEG'), ('depth', 'PNG')):
-            for number in self.numbers[[0, -1]].tolist():   # all others are checked when they are decoded
+        for part, kind in (("color", "JPEG"), ("depth", "PNG")):
+            for number in self.numbers[[0, -1]].tolist():  # all others are checked when they are decoded
                 path = self._file(part, number)
-                sizes[f'{part}_size'] = open_image(path.read_bytes(), [kind], sizes.get(f'{part}_size'), path, 'image').size
-        return SensHeader(**cameras, **sizes, depth_compression='png_ushort').check(self.path)
+                sizes[f"{part}_size"] = open_image(
+                    path.read_bytes(), [kind], sizes.get(f"{part}_size"), path, "image"
+                ).size
+        return SensHeader(**cameras, **sizes, depth_compression="png_ushort").check(self.path)
 
     @cached_property
     def poses(self) -> np.ndarray:
         "(V, 4, 4) float64 camera-to-world [m]; all -inf where tracking was lost. Raises `ScanNetError`."
-        poses = np.stack([read_matrix(self._file('pose', number)) for number in self.numbers.tolist()])
+        poses = np.stack([read_matrix(self._file("pose", number)) for number in self.numbers.tolist()])
         usable_poses(poses, self.path)
         return poses
 
     @cached_property
-    def valid(self) -> np.ndarray: "Positions of the frames that have a pose."; return np.flatnonzero(usable_poses(self.poses, self.path))
-    @property
-    def lost(self) -> int: "Number of frames that have no pose."; return len(self) - len(self.valid)
+    def valid(self) -> np.ndarray:
+        "Positions of the frames that have a pose."
+        return np.flatnonzero(usable_poses(self.poses, self.path))
 
-    def close(self): "Nothing stays open; here so that a folder can stand in for a `Sens`."
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
-    def __len__(self): return len(self.numbers)
-    def __repr__(self): return f'FrameFolder({self.path.name}: {len(self)} frames, {self.lost} without pose)'
+    @property
+    def lost(self) -> int:
+        "Number of frames that have no pose."
+        return len(self) - len(self.valid)
+
+    def close(self):
+        "Nothing stays open; here so that a folder can stand in for a `Sens`."
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __repr__(self):
+        return f"FrameFolder({self.path.name}: {len(self)} frames, {self.lost} without pose)"
 
     def __getitem__(self, i: int) -> Frame:
         "The frame at position `i`; its images are read on access. The layouts keep no timestamps."
@@ -140,7 +205,7 @@ class FrameFolder:
 
 # %% ../../nbs/scans/05_frames.ipynb #f6d47346
 def open_frames(
-    path: str | Path,        # a `.sens` file or an exported folder
+    path: str | Path,  # a `.sens` file or an exported folder
 ) -> Sens | FrameFolder:
     "Opens a recording, packed or unpacked."
     return FrameFolder(path) if Path(path).is_dir() else Sens(path)

@@ -14,8 +14,10 @@ from scipy.optimize import linear_sum_assignment
 def _check_boxes(boxes, *widths):
     "Raise unless the last dimension of `boxes` is one of `widths`."
     if boxes.shape[-1:] not in [(w,) for w in widths]:
-        raise ValueError(f"boxes of shape {tuple(boxes.shape)}: the last dimension must be {' or '.join(map(str, widths))} "
-                         "(centre 3, size 3[, intrinsic Z-X-Y angles 3])")
+        raise ValueError(
+            f"boxes of shape {tuple(boxes.shape)}: the last dimension must be {' or '.join(map(str, widths))} "
+            "(centre 3, size 3[, intrinsic Z-X-Y angles 3])"
+        )
 
 # %% ../../nbs/scans/00_geometry.ipynb #5bb30c2c
 def to_min_max(
@@ -47,9 +49,17 @@ def euler_to_matrix(
         raise ValueError(f'order {order!r}: must be "ZXY" (intrinsic) or "zxy" (extrinsic)')
     sz, sx, sy = angles.sin().unbind(-1)
     cz, cx, cy = angles.cos().unbind(-1)
-    rows = [cz * cy - sz * sx * sy, -sz * cx, cz * sy + sz * sx * cy,
-            sz * cy + cz * sx * sy, cz * cx, sz * sy - cz * sx * cy,
-            -cx * sy, sx, cx * cy]
+    rows = [
+        cz * cy - sz * sx * sy,
+        -sz * cx,
+        cz * sy + sz * sx * cy,
+        sz * cy + cz * sx * sy,
+        cz * cx,
+        sz * sy - cz * sx * cy,
+        -cx * sy,
+        sx,
+        cx * cy,
+    ]
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
 # %% ../../nbs/scans/00_geometry.ipynb #68a9210f
@@ -70,8 +80,10 @@ def matrix_to_euler(
     return torch.stack([z, torch.atan2(r[..., 2, 1], cosine), y], -1)
 
 # %% ../../nbs/scans/00_geometry.ipynb #fb8fa26a
-_SIGNS = torch.tensor([[1, 1, 1], [1, -1, 1], [-1, -1, 1], [-1, 1, 1],
-                       [1, 1, -1], [1, -1, -1], [-1, -1, -1], [-1, 1, -1]])
+_SIGNS = torch.tensor(
+    [[1, 1, 1], [1, -1, 1], [-1, -1, 1], [-1, 1, 1], [1, 1, -1], [1, -1, -1], [-1, -1, -1], [-1, 1, -1]]
+)
+
 
 def box_corners(
     boxes: torch.Tensor,  # (..., 6) axis-aligned or (..., 9) oriented boxes [m, rad]
@@ -83,7 +95,10 @@ def box_corners(
         offsets = offsets @ euler_to_matrix(boxes[..., 6:]).mT
     return boxes[..., None, :3] + offsets
 
-EDGES = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0], [4, 5], [5, 6], [6, 7], [7, 4], [0, 4], [1, 5], [2, 6], [3, 7]])    # pairs of these corners that differ along one axis
+
+EDGES = torch.tensor(
+    [[0, 1], [1, 2], [2, 3], [3, 0], [4, 5], [5, 6], [6, 7], [7, 4], [0, 4], [1, 5], [2, 6], [3, 7]]
+)  # pairs of these corners that differ along one axis
 
 # %% ../../nbs/scans/00_geometry.ipynb #cdb26d4d
 def bounding_box(
@@ -115,9 +130,16 @@ def _lengths(
     return a[..., 3:] - a[..., :3], b[..., 3:] - b[..., :3], overlap
 
 # %% ../../nbs/scans/00_geometry.ipynb #6ebbaff3
-EPSILON = {"scanrefer": 1e-8, "scan2cap": 1e-8, "video3dllm": 1e-8, "leo": 1e-8,  # added to the union [m³]
-           "seqvlm": 0.0, "seeground": 0.0, "vlm_grounder": 0.0,
-           "vgllm": 1e-4}  # for `box_iou_oriented`: smallest face triangle [m²]
+EPSILON = {
+    "scanrefer": 1e-8,
+    "scan2cap": 1e-8,
+    "video3dllm": 1e-8,
+    "leo": 1e-8,  # added to the union [m³]
+    "seqvlm": 0.0,
+    "seeground": 0.0,
+    "vlm_grounder": 0.0,
+    "vgllm": 1e-4,
+}  # for `box_iou_oriented`: smallest face triangle [m²]
 
 # %% ../../nbs/scans/00_geometry.ipynb #9097b98e
 def box_iou(
@@ -187,6 +209,7 @@ def _projected_moments(
 
 # %% ../../nbs/scans/00_geometry.ipynb #57a876c0
 _FACES = torch.tensor([[0, 1, 5, 4], [2, 3, 7, 6], [0, 4, 7, 3], [1, 2, 6, 5], [0, 3, 2, 1], [4, 5, 6, 7]])
+
 
 def _intersection_volume(
     corners: torch.Tensor,  # (8, 3, N) corners of boxes a in the frames of boxes b, in the order of `box_corners`
@@ -266,7 +289,9 @@ def match_one_to_one(
     allowed = table > -torch.inf
     # a forbidden pair costs more than all allowed ones together can gain
     worst = -(2 * table[allowed].abs().max() * min(table.shape) + 1) if allowed.any() else torch.tensor(-1.0)
-    rows, columns = map(torch.as_tensor, linear_sum_assignment(torch.where(allowed, table, worst).numpy(), maximize=True))
+    rows, columns = map(
+        torch.as_tensor, linear_sum_assignment(torch.where(allowed, table, worst).numpy(), maximize=True)
+    )
     chosen = torch.full((score.shape[0],), -1)
     chosen[rows] = torch.where(allowed[rows, columns], columns, -1)
     return chosen

@@ -21,11 +21,11 @@ from .scan import Scan
 
 # %% ../../nbs/scans/10_pictures.ipynb #7c8d80be
 def projected_edges(
-    box: np.ndarray,        # (6,) centre-size box [m]
+    box: np.ndarray,  # (6,) centre-size box [m]
     intrinsic: np.ndarray,  # (3, 3) or (4, 4) [pixels]
-    pose: np.ndarray,       # (4, 4) camera-to-world
-    pieces: int = 16,       # per edge
-) -> np.ndarray:            # (S, 2, 2) line segments [pixels]
+    pose: np.ndarray,  # (4, 4) camera-to-world
+    pieces: int = 16,  # per edge
+) -> np.ndarray:  # (S, 2, 2) line segments [pixels]
     "The edges of a box as the camera sees them, without what lies behind it."
     corners = box_corners(torch.as_tensor(box)).numpy()
     steps = np.linspace(0, 1, pieces + 1)[:, None, None]
@@ -38,15 +38,15 @@ def projected_edges(
 
 
 def broken_line(
-    segments: np.ndarray,   # (S, 2, 2)
-) -> np.ndarray:            # (3 S, 2), NaN after each segment
+    segments: np.ndarray,  # (S, 2, 2)
+) -> np.ndarray:  # (3 S, 2), NaN after each segment
     "Line segments as one line: in an svg far smaller than a path for each."
     return np.pad(segments, ((0, 0), (0, 1), (0, 0)), constant_values=np.nan).reshape(-1, 2)
 
 # %% ../../nbs/scans/10_pictures.ipynb #5d1f629d
 def contact_sheet(
-    colors: np.ndarray,     # (V, H, W, 3) uint8
-    poses: np.ndarray,      # (V, 4, 4) camera-to-world
+    colors: np.ndarray,  # (V, H, W, 3) uint8
+    poses: np.ndarray,  # (V, 4, 4) camera-to-world
     intrinsic: np.ndarray,  # (4, 4) [pixels]
     boxes: np.ndarray = np.zeros((0, 6)),  # (n, 6) [m]
     names: list[str] = (),  # one per box
@@ -60,17 +60,27 @@ def contact_sheet(
     kinds = sorted(set(names))
     shades = plt.get_cmap("plasma")(np.linspace(0, 1, len(kinds))) if kinds else []
     styles = list(styles) or [{"color": shades[kinds.index(name)], "lw": 1.1} for name in names]
-    for axis in axes.flat: axis.axis("off")
+    for axis in axes.flat:
+        axis.axis("off")
     for view, (axis, color, pose) in enumerate(zip(axes.flat, colors, poses)):
         axis.imshow(color, interpolation="bilinear")
         for box, name, style in zip(boxes, names, styles):
             segments = projected_edges(box, intrinsic, pose)
             inside = ((segments >= 0) & (segments < [width, height])).all((1, 2))
-            if not inside.any(): continue
+            if not inside.any():
+                continue
             axis.add_collection(LineCollection([broken_line(segments)], **style))
             x, y = segments[inside].reshape(-1, 2)[segments[inside].reshape(-1, 2)[:, 1].argmin()]
-            axis.text(x, y, name, fontsize=6, color="white", va="bottom",
-                      bbox={"facecolor": "black", "alpha": 0.55, "pad": 0.8, "edgecolor": "none"}, clip_on=True)
+            axis.text(
+                x,
+                y,
+                name,
+                fontsize=6,
+                color="white",
+                va="bottom",
+                bbox={"facecolor": "black", "alpha": 0.55, "pad": 0.8, "edgecolor": "none"},
+                clip_on=True,
+            )
         axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         axis.set_title(f"view {view}", fontsize=8, pad=2)
     plt.close(figure)
@@ -78,44 +88,97 @@ def contact_sheet(
 
 # %% ../../nbs/scans/10_pictures.ipynb #a5f58d20
 def scene_figure(
-    vertices: np.ndarray,    # (N, 3) [m]
-    faces: np.ndarray,       # (F, 3)
-    colors: np.ndarray,      # (N, 3) uint8
+    vertices: np.ndarray,  # (N, 3) [m]
+    faces: np.ndarray,  # (F, 3)
+    colors: np.ndarray,  # (N, 3) uint8
     poses: np.ndarray = np.zeros((0, 4, 4)),  # (V, 4, 4) camera-to-world, drawn as small pyramids
-    boxes: np.ndarray = np.zeros((0, 6)),     # (n, 6) [m]
-    names: list[str] = (),   # one per box: the legend
-    texts: list[str] = (),   # one per box: shown on hover; the names if not given
+    boxes: np.ndarray = np.zeros((0, 6)),  # (n, 6) [m]
+    names: list[str] = (),  # one per box: the legend
+    texts: list[str] = (),  # one per box: shown on hover; the names if not given
     line_colors: list[str] = (),  # one per box
     title: str = "",
 ) -> go.Figure:
     "An interactive view of a scan: mesh, cameras, boxes. Everything is in the figure; no network is needed."
     face_colors = [f"rgb({r},{g},{b})" for r, g, b in colors[faces].mean(1).astype(int)]
-    data = [go.Mesh3d(x=vertices[:, 0], y=vertices[:, 1], z=vertices[:, 2], i=faces[:, 0], j=faces[:, 1], k=faces[:, 2],
-                      facecolor=face_colors, flatshading=True, hoverinfo="skip", name="mesh",
-                      lighting={"ambient": 0.65, "diffuse": 0.6, "specular": 0.05})]
+    data = [
+        go.Mesh3d(
+            x=vertices[:, 0],
+            y=vertices[:, 1],
+            z=vertices[:, 2],
+            i=faces[:, 0],
+            j=faces[:, 1],
+            k=faces[:, 2],
+            facecolor=face_colors,
+            flatshading=True,
+            hoverinfo="skip",
+            name="mesh",
+            lighting={"ambient": 0.65, "diffuse": 0.6, "specular": 0.05},
+        )
+    ]
     for number, (box, name) in enumerate(zip(boxes, names)):
         corners = box_corners(torch.as_tensor(box)).numpy()
         line = np.concatenate([np.r_[corners[edge], [[np.nan] * 3]] for edge in EDGES.numpy()]).round(4)
         text = texts[number] if len(texts) else name
-        data.append(go.Scatter3d(x=line[:, 0], y=line[:, 1], z=line[:, 2], mode="lines", name=name, text=text, hoverinfo="text",
-                                 line={"width": 5, "color": line_colors[number] if len(line_colors) else "#111111"}))
-        data.append(go.Scatter3d(x=box[:1], y=box[1:2], z=box[2:3], mode="markers", name=name, text=text, hoverinfo="text",
-                                 marker={"size": 4, "color": "#111111"}, showlegend=False))
+        data.append(
+            go.Scatter3d(
+                x=line[:, 0],
+                y=line[:, 1],
+                z=line[:, 2],
+                mode="lines",
+                name=name,
+                text=text,
+                hoverinfo="text",
+                line={"width": 5, "color": line_colors[number] if len(line_colors) else "#111111"},
+            )
+        )
+        data.append(
+            go.Scatter3d(
+                x=box[:1],
+                y=box[1:2],
+                z=box[2:3],
+                mode="markers",
+                name=name,
+                text=text,
+                hoverinfo="text",
+                marker={"size": 4, "color": "#111111"},
+                showlegend=False,
+            )
+        )
     if len(poses):
         pyramid = np.array([[0, 0, 0], [-1, -0.75, 1.2], [1, -0.75, 1.2], [1, 0.75, 1.2], [-1, 0.75, 1.2]]) * 0.15
         path = (0, 1, 2, 0, 3, 4, 0, 2, 3, 0, 4, 1)
-        line = np.concatenate([np.r_[(pyramid @ pose[:3, :3].T + pose[:3, 3])[list(path)], [[np.nan] * 3]] for pose in poses]).round(4)
-        data.append(go.Scatter3d(x=line[:, 0], y=line[:, 1], z=line[:, 2], mode="lines", name="cameras", hoverinfo="skip",
-                                 line={"width": 3, "color": "#1b4f72"}))
+        line = np.concatenate(
+            [np.r_[(pyramid @ pose[:3, :3].T + pose[:3, 3])[list(path)], [[np.nan] * 3]] for pose in poses]
+        ).round(4)
+        data.append(
+            go.Scatter3d(
+                x=line[:, 0],
+                y=line[:, 1],
+                z=line[:, 2],
+                mode="lines",
+                name="cameras",
+                hoverinfo="skip",
+                line={"width": 3, "color": "#1b4f72"},
+            )
+        )
     axis = {"showbackground": False, "gridcolor": "#dddddd"}
-    layout = go.Layout(title=title, height=560, margin={"l": 0, "r": 0, "t": 40 if title else 0, "b": 0}, scene={
-        "aspectmode": "data", "xaxis": axis | {"title": "x [m]"}, "yaxis": axis | {"title": "y [m]"}, "zaxis": axis | {"title": "z [m]"}})
+    layout = go.Layout(
+        title=title,
+        height=560,
+        margin={"l": 0, "r": 0, "t": 40 if title else 0, "b": 0},
+        scene={
+            "aspectmode": "data",
+            "xaxis": axis | {"title": "x [m]"},
+            "yaxis": axis | {"title": "y [m]"},
+            "zaxis": axis | {"title": "z [m]"},
+        },
+    )
     return go.Figure(data, layout)
 
 # %% ../../nbs/scans/10_pictures.ipynb #01a17970
 def scan_figure(
     scan: Scan,
-    poses: np.ndarray,       # this and the rest: see `scene_figure`
+    poses: np.ndarray,  # this and the rest: see `scene_figure`
     **drawn,
 ) -> go.Figure:
     "An interactive view of a scan in its aligned frame, without the ceiling; raises `ScanNetError` as `Scan`."
@@ -128,12 +191,15 @@ def scan_figure(
 # %% ../../nbs/scans/10_pictures.ipynb #dfda0173
 def save_page(
     figure: go.Figure,
-    path: str | Path,             # ending in .html
-    plotly: bool | str = True,    # its script: True puts it into the page, "directory" beside it, once for all pages of a folder
+    path: str | Path,  # ending in .html
+    plotly: bool
+    | str = True,  # its script: True puts it into the page, "directory" beside it, once for all pages of a folder
 ):
     "Write an interactive figure as a page that needs no network."
     path = Path(path)
     page = go.Figure(figure).update_layout(height=None, autosize=True)
-    page.write_html(path, include_plotlyjs=plotly, div_id=path.stem, default_height="100vh", config={"responsive": True})
+    page.write_html(
+        path, include_plotlyjs=plotly, div_id=path.stem, default_height="100vh", config={"responsive": True}
+    )
     head = '<head><meta name="viewport" content="width=device-width"><style>body {margin: 0}</style>'
     path.write_text(path.read_text(encoding="utf-8").replace("<head>", head, 1), encoding="utf-8")

@@ -17,70 +17,137 @@ from .files import ScanNetError, atomic_write, regular_file
 @dataclass(eq=False)
 class Mesh:
     "A triangle mesh with a colour, and possibly a label, per vertex."
-    vertices: np.ndarray   # (N, 3) float32 [m], the scan's own frame (not axis-aligned)
-    faces: np.ndarray      # (F, 3) int32 indices of vertices
-    colors: np.ndarray     # (N, 3) uint8 RGB
-    labels: np.ndarray | None = None   # (N,) uint16 nyu40 id
+
+    vertices: np.ndarray  # (N, 3) float32 [m], the scan's own frame (not axis-aligned)
+    faces: np.ndarray  # (F, 3) int32 indices of vertices
+    colors: np.ndarray  # (N, 3) uint8 RGB
+    labels: np.ndarray | None = None  # (N,) uint16 nyu40 id
 
 # %% ../../nbs/scans/04_ply.ipynb #7a0876a2
-_TYPES = {'char': 'i1', 'uchar': 'u1', 'short': '<i2', 'ushort': '<u2', 'int': '<i4', 'uint': '<u4', 'float': '<f4', 'double': '<f8',
-          'int8': 'i1', 'uint8': 'u1', 'int16': '<i2', 'uint16': '<u2', 'int32': '<i4', 'uint32': '<u4', 'float32': '<f4', 'float64': '<f8'}
-_RGBA = ('red', 'green', 'blue', 'alpha')
-_FACE = np.dtype([('count', 'u1'), ('indices', '<i4', 3)])
+_TYPES = {
+    "char": "i1",
+    "uchar": "u1",
+    "short": "<i2",
+    "ushort": "<u2",
+    "int": "<i4",
+    "uint": "<u4",
+    "float": "<f4",
+    "double": "<f8",
+    "int8": "i1",
+    "uint8": "u1",
+    "int16": "<i2",
+    "uint16": "<u2",
+    "int32": "<i4",
+    "uint32": "<u4",
+    "float32": "<f4",
+    "float64": "<f8",
+}
+_RGBA = ("red", "green", "blue", "alpha")
+_FACE = np.dtype([("count", "u1"), ("indices", "<i4", 3)])
+
 
 def write_ply(
     path: str | Path,
     mesh: Mesh,
 ) -> Path:
     "Writes a binary little-endian mesh with ScanNet's seven vertex properties, and `label` if the mesh has labels."
-    properties = [('x', 'float'), ('y', 'float'), ('z', 'float')] + [(name, 'uchar') for name in _RGBA] + [('label', 'ushort')] * (mesh.labels is not None)
+    properties = (
+        [("x", "float"), ("y", "float"), ("z", "float")]
+        + [(name, "uchar") for name in _RGBA]
+        + [("label", "ushort")] * (mesh.labels is not None)
+    )
     vertices = np.zeros(len(mesh.vertices), [(name, _TYPES[kind]) for name, kind in properties])
-    for axis, name in enumerate('xyz'): vertices[name] = mesh.vertices[:, axis]
-    for channel, name in enumerate(_RGBA[:3]): vertices[name] = mesh.colors[:, channel]
-    vertices['alpha'] = 255
-    if mesh.labels is not None: vertices['label'] = mesh.labels
+    for axis, name in enumerate("xyz"):
+        vertices[name] = mesh.vertices[:, axis]
+    for channel, name in enumerate(_RGBA[:3]):
+        vertices[name] = mesh.colors[:, channel]
+    vertices["alpha"] = 255
+    if mesh.labels is not None:
+        vertices["label"] = mesh.labels
     faces = np.zeros(len(mesh.faces), _FACE)
-    faces['count'], faces['indices'] = 3, mesh.faces
-    lines = ['ply', 'format binary_little_endian 1.0', f'element vertex {len(vertices)}', *(f'property {kind} {name}' for name, kind in properties),
-             f'element face {len(faces)}', 'property list uchar int vertex_indices', 'end_header', '']
-    with atomic_write(path) as file: file.write('\n'.join(lines).encode() + vertices.tobytes() + faces.tobytes())
+    faces["count"], faces["indices"] = 3, mesh.faces
+    lines = [
+        "ply",
+        "format binary_little_endian 1.0",
+        f"element vertex {len(vertices)}",
+        *(f"property {kind} {name}" for name, kind in properties),
+        f"element face {len(faces)}",
+        "property list uchar int vertex_indices",
+        "end_header",
+        "",
+    ]
+    with atomic_write(path) as file:
+        file.write("\n".join(lines).encode() + vertices.tobytes() + faces.tobytes())
     return Path(path)
 
 # %% ../../nbs/scans/04_ply.ipynb #b2cd4b87
 def _parse_header(text: str, path) -> tuple[int, list, int]:
     "Number of vertices, their fields as a numpy record, number of faces."
-    lines = [line.split() for line in text.splitlines() if line.strip() and not line.startswith(('comment', 'obj_info'))]
-    if lines[:2] != [['ply'], ['format', 'binary_little_endian', '1.0']]: raise ScanNetError(path, 'header', 'is not that of a binary little-endian .ply file')
+    lines = [
+        line.split() for line in text.splitlines() if line.strip() and not line.startswith(("comment", "obj_info"))
+    ]
+    if lines[:2] != [["ply"], ["format", "binary_little_endian", "1.0"]]:
+        raise ScanNetError(path, "header", "is not that of a binary little-endian .ply file")
     counts, fields = {}, []
     for line in lines[2:]:
-        if line[0] == 'element' and len(line) == 3 and line[2].isdecimal() and len(line[2]) < 12: counts[line[1]] = int(line[2])
-        elif line[0] == 'property' and list(counts) == ['vertex'] and len(line) == 3 and line[1] in _TYPES: fields.append((line[2], _TYPES[line[1]]))
-        elif not (list(counts) == ['vertex', 'face'] and line[:2] == ['property', 'list'] and len(line) == 5 and line[2] in ('uchar', 'uint8')
-                  and line[3] in ('int', 'uint', 'int32', 'uint32') and line[4] in ('vertex_indices', 'vertex_index')):
-            raise ScanNetError(path, 'header', f'unexpected line {" ".join(line)[:80]!r}', 'Expected are vertices with scalar properties, then triangles as a list')
+        if line[0] == "element" and len(line) == 3 and line[2].isdecimal() and len(line[2]) < 12:
+            counts[line[1]] = int(line[2])
+        elif line[0] == "property" and list(counts) == ["vertex"] and len(line) == 3 and line[1] in _TYPES:
+            fields.append((line[2], _TYPES[line[1]]))
+        elif not (
+            list(counts) == ["vertex", "face"]
+            and line[:2] == ["property", "list"]
+            and len(line) == 5
+            and line[2] in ("uchar", "uint8")
+            and line[3] in ("int", "uint", "int32", "uint32")
+            and line[4] in ("vertex_indices", "vertex_index")
+        ):
+            raise ScanNetError(
+                path,
+                "header",
+                f"unexpected line {' '.join(line)[:80]!r}",
+                "Expected are vertices with scalar properties, then triangles as a list",
+            )
     names = [name for name, _ in fields]
-    if list(counts) != ['vertex', 'face'] or not {'x', 'y', 'z', *_RGBA[:3]} <= set(names) or len(set(names)) < len(names):
-        raise ScanNetError(path, 'header', 'does not describe coloured vertices and then faces')
-    return counts['vertex'], fields, counts['face']
+    if (
+        list(counts) != ["vertex", "face"]
+        or not {"x", "y", "z", *_RGBA[:3]} <= set(names)
+        or len(set(names)) < len(names)
+    ):
+        raise ScanNetError(path, "header", "does not describe coloured vertices and then faces")
+    return counts["vertex"], fields, counts["face"]
+
 
 def read_ply(
     path: str | Path,
 ) -> Mesh:
     "Reads a coloured binary triangle mesh; raises `ScanNetError` for anything else."
     data = regular_file(path).read_bytes()
-    end = data.find(b'end_header\n', 0, 65_536)
-    if end < 0: raise ScanNetError(path, 'header', 'has no end')
-    vertex_count, fields, face_count = _parse_header(data[:end].decode('latin-1'), path)
-    record, start = np.dtype(fields), end + len(b'end_header\n')
+    end = data.find(b"end_header\n", 0, 65_536)
+    if end < 0:
+        raise ScanNetError(path, "header", "has no end")
+    vertex_count, fields, face_count = _parse_header(data[:end].decode("latin-1"), path)
+    record, start = np.dtype(fields), end + len(b"end_header\n")
     split = start + vertex_count * record.itemsize
     if split + face_count * _FACE.itemsize != len(data):
-        raise ScanNetError(path, f'byte {start}', f'{vertex_count:,} vertices and {face_count:,} triangles do not fill {len(data):,} bytes')
+        raise ScanNetError(
+            path,
+            f"byte {start}",
+            f"{vertex_count:,} vertices and {face_count:,} triangles do not fill {len(data):,} bytes",
+        )
     vertices = np.frombuffer(data, record, vertex_count, start)
     faces = np.frombuffer(data, _FACE, face_count, split)
-    xyz = np.stack([vertices[name] for name in 'xyz'], -1).astype(np.float32)
-    if not np.isfinite(xyz).all(): raise ScanNetError(path, f'vertex {np.flatnonzero(~np.isfinite(xyz).all(1))[0]}', 'has no finite position')
-    if (faces['count'] != 3).any(): raise ScanNetError(path, f'face {np.flatnonzero(faces["count"] != 3)[0]}', 'is no triangle')
-    outside = ((faces['indices'] < 0) | (faces['indices'] >= vertex_count)).any(1)
-    if outside.any(): raise ScanNetError(path, f'face {np.flatnonzero(outside)[0]}', 'names a vertex that does not exist')
-    return Mesh(xyz, faces['indices'].astype(np.int32), np.stack([vertices[name] for name in _RGBA[:3]], -1).astype(np.uint8),
-                vertices['label'].astype(np.uint16) if 'label' in record.names else None)
+    xyz = np.stack([vertices[name] for name in "xyz"], -1).astype(np.float32)
+    if not np.isfinite(xyz).all():
+        raise ScanNetError(path, f"vertex {np.flatnonzero(~np.isfinite(xyz).all(1))[0]}", "has no finite position")
+    if (faces["count"] != 3).any():
+        raise ScanNetError(path, f"face {np.flatnonzero(faces['count'] != 3)[0]}", "is no triangle")
+    outside = ((faces["indices"] < 0) | (faces["indices"] >= vertex_count)).any(1)
+    if outside.any():
+        raise ScanNetError(path, f"face {np.flatnonzero(outside)[0]}", "names a vertex that does not exist")
+    return Mesh(
+        xyz,
+        faces["indices"].astype(np.int32),
+        np.stack([vertices[name] for name in _RGBA[:3]], -1).astype(np.uint8),
+        vertices["label"].astype(np.uint16) if "label" in record.names else None,
+    )

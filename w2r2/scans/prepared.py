@@ -22,12 +22,12 @@ from .views import uniform_views
 
 # %% ../../nbs/scans/09_prepared.ipynb #e7d8ff9e
 def prepare_scan(
-    root: str | Path,              # of a ScanNet release
+    root: str | Path,  # of a ScanNet release
     scene_id: str,
-    views: int,                    # frames to keep
-    color_size: tuple[int, int],   # width, height [pixels]
-    depth_size: tuple[int, int],   # width, height [pixels]
-) -> dict[str, np.ndarray]:        # see `Prepared`
+    views: int,  # frames to keep
+    color_size: tuple[int, int],  # width, height [pixels]
+    depth_size: tuple[int, int],  # width, height [pixels]
+) -> dict[str, np.ndarray]:  # see `Prepared`
     "The views of one scan as arrays; raises `ScanNetError` if it has no frame with a pose."
     with Scan(root, scene_id) as scan:
         valid = scan.frames.valid
@@ -51,21 +51,26 @@ def prepare_scan(
             arrays["depth"][row] = Image.fromarray(frame.depth_metres).resize(depth_size, Image.Resampling.NEAREST)
             arrays["poses"][row], arrays["frames"][row] = frame.pose, frame.index
             if frame.index in images:
-                arrays["instance"][row] = Image.fromarray(images[frame.index]).resize(color_size, Image.Resampling.NEAREST)
+                arrays["instance"][row] = Image.fromarray(images[frame.index]).resize(
+                    color_size, Image.Resampling.NEAREST
+                )
     return arrays
 
 # %% ../../nbs/scans/09_prepared.ipynb #bb6d9820
 @dataclass(frozen=True)
 class Prepared:
     "The prepared views of a split: memory-mapped arrays whose first axis is the scene. Made by `prepare`, opened by `Prepared.open`."
-    scenes: list[str]            # (S,) scene ids
-    color: np.ndarray            # (S, V, H, W, 3) uint8
-    depth: np.ndarray            # (S, V, h, w) float32 [m], 0 = no measurement
-    instance: np.ndarray         # (S, V, H, W) uint8 object id + 1; 0 = none, and everywhere where the release has no instance images
-    poses: np.ndarray            # (S, V, 4, 4) float64 camera-to-world in the aligned frame; NaN = no such view
+
+    scenes: list[str]  # (S,) scene ids
+    color: np.ndarray  # (S, V, H, W, 3) uint8
+    depth: np.ndarray  # (S, V, h, w) float32 [m], 0 = no measurement
+    instance: (
+        np.ndarray
+    )  # (S, V, H, W) uint8 object id + 1; 0 = none, and everywhere where the release has no instance images
+    poses: np.ndarray  # (S, V, 4, 4) float64 camera-to-world in the aligned frame; NaN = no such view
     intrinsic_color: np.ndarray  # (S, 4, 4) [pixels]
     intrinsic_depth: np.ndarray  # (S, 4, 4) [pixels]
-    frames: np.ndarray           # (S, V) frame number in the recording, -1 = no such view
+    frames: np.ndarray  # (S, V) frame number in the recording, -1 = no such view
 
     @classmethod
     def open(cls, folder: str | Path) -> "Prepared":
@@ -78,25 +83,28 @@ class Prepared:
 
 
 def prepare(
-    root: str | Path,              # of a ScanNet release
-    scenes: list[str],             # scene ids, for example from `read_split`
-    folder: str | Path,            # where the arrays go
+    root: str | Path,  # of a ScanNet release
+    scenes: list[str],  # scene ids, for example from `read_split`
+    folder: str | Path,  # where the arrays go
     views: int,
-    color_size: tuple[int, int],   # width, height [pixels]
-    depth_size: tuple[int, int],   # width, height [pixels]
-    workers: int = 1,              # processes, one thread each
+    color_size: tuple[int, int],  # width, height [pixels]
+    depth_size: tuple[int, int],  # width, height [pixels]
+    workers: int = 1,  # processes, one thread each
 ) -> Prepared:
     "Decode the views of many scans into one array per kind. Raises `ScanNetError` for a damaged scan."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scenes.json").unlink(missing_ok=True)  # it is written last: a folder that has it is complete
     parts = Parallel(workers, return_as="generator")(
-        delayed(prepare_scan)(root, scene, views, color_size, depth_size) for scene in scenes)
+        delayed(prepare_scan)(root, scene, views, color_size, depth_size) for scene in scenes
+    )
     arrays = {}
     for row, part in enumerate(tqdm(parts, f"views: {folder.name}", len(scenes), unit="scene")):
         for name, array in part.items():
             if row == 0:
-                arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", array.dtype, (len(scenes), *array.shape))
+                arrays[name] = np.lib.format.open_memmap(
+                    folder / f"{name}.npy", "w+", array.dtype, (len(scenes), *array.shape)
+                )
             arrays[name][row] = array
     for array in arrays.values():
         array.flush()

@@ -19,98 +19,160 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from .annotations import (Group, LabelImages, LabelTable, read_aggregation, read_scene_info, read_segments, read_split, write_aggregation,
-                              write_label_images, write_scene_info, write_segments, write_split)
+from w2r2.scans.annotations import (
+    Group,
+    LabelImages,
+    LabelTable,
+    read_aggregation,
+    read_scene_info,
+    read_segments,
+    read_split,
+    write_aggregation,
+    write_label_images,
+    write_scene_info,
+    write_segments,
+    write_split,
+)
 from .files import ScanNetError, inside, scene_folder
 from .frames import FrameFolder, export_frames, open_frames
 from .ply import Mesh, read_ply, write_ply
 from .sens import IMU, Frame, Sens, SensHeader, encode_frame, write_sens
 
-_all_ = ['ScanNetError', 'Sens', 'SensHeader', 'Frame', 'IMU', 'encode_frame', 'write_sens', 'FrameFolder', 'export_frames', 'open_frames', 'Mesh', 'read_ply',
-         'write_ply', 'Group', 'LabelImages', 'LabelTable', 'read_split', 'write_split']
+_all_ = [
+    "ScanNetError",
+    "Sens",
+    "SensHeader",
+    "Frame",
+    "IMU",
+    "encode_frame",
+    "write_sens",
+    "FrameFolder",
+    "export_frames",
+    "open_frames",
+    "Mesh",
+    "read_ply",
+    "write_ply",
+    "Group",
+    "LabelImages",
+    "LabelTable",
+    "read_split",
+    "write_split",
+]
 
 # %% ../../nbs/scans/07_scan.ipynb #6610dbca
 def vertex_objects(
-    segments: np.ndarray,      # (N,) int segment id of each vertex
-    groups: Iterable[Group],   # in the order of the file
-    file: str | Path = 'aggregation',   # named in the error
-) -> np.ndarray:               # (N,) int64 object id of each vertex, -1 = none
+    segments: np.ndarray,  # (N,) int segment id of each vertex
+    groups: Iterable[Group],  # in the order of the file
+    file: str | Path = "aggregation",  # named in the error
+) -> np.ndarray:  # (N,) int64 object id of each vertex, -1 = none
     "Owner of each vertex: the last-listed object that contains its segment. Raises `ScanNetError` for a segment that no vertex has."
     ids, segment = np.unique(segments, return_inverse=True)
     owner = np.full(len(ids), -1, np.int64)
     for group in groups:
         unknown = set(group.segments).difference(ids.tolist())
-        if unknown: raise ScanNetError(file, f'object {group.object_id}', f'names segment {min(unknown)}, which no vertex has', 'Download segs.json and aggregation.json again')
+        if unknown:
+            raise ScanNetError(
+                file,
+                f"object {group.object_id}",
+                f"names segment {min(unknown)}, which no vertex has",
+                "Download segs.json and aggregation.json again",
+            )
         owner[np.searchsorted(ids, group.segments)] = group.object_id
     return owner[segment]
 
 # %% ../../nbs/scans/07_scan.ipynb #803bd4e2
 def instance_boxes(
-    vertices: np.ndarray,   # (N, 3) [m], in the aligned frame
-    objects: np.ndarray,    # (N,) int object id of each vertex, -1 = none
-) -> tuple[np.ndarray, np.ndarray]:   # (M,) object ids, ascending; (M, 6) boxes cx, cy, cz, dx, dy, dz [m]
+    vertices: np.ndarray,  # (N, 3) [m], in the aligned frame
+    objects: np.ndarray,  # (N,) int object id of each vertex, -1 = none
+) -> tuple[np.ndarray, np.ndarray]:  # (M,) object ids, ascending; (M, 6) boxes cx, cy, cz, dx, dy, dz [m]
     "Axis-aligned box of every object that owns a vertex."
-    order = np.argsort(objects, kind='stable')
+    order = np.argsort(objects, kind="stable")
     order = order[objects[order] >= 0]
-    if not len(order): return np.zeros(0, np.int64), np.zeros((0, 6))
+    if not len(order):
+        return np.zeros(0, np.int64), np.zeros((0, 6))
     ids, starts = np.unique(objects[order], return_index=True)
     low, high = (bound.reduceat(vertices[order], starts) for bound in (np.minimum, np.maximum))
     return ids, np.hstack([(low + high) / 2, high - low])
 
 # %% ../../nbs/scans/07_scan.ipynb #e8c4e973
-KEEP = {'scanrefer': frozenset(range(3, 41)) - {22}, 'video3dllm': frozenset(range(41))}   # nyu40 ids whose objects are kept
+KEEP = {
+    "scanrefer": frozenset(range(3, 41)) - {22},
+    "video3dllm": frozenset(range(41)),
+}  # nyu40 ids whose objects are kept
 
 # %% ../../nbs/scans/07_scan.ipynb #1dfa755b
 class Scan:
     "One scan of a ScanNet release; every part is read, checked and kept on first use. Raises `ScanNetError`."
-    def __init__(self,
-        root: str | Path,   # holds `scans/` (or `scans_test/`, or the scene folders themselves) and the label table
-        scene_id: str,      # for example scene0000_00
+
+    def __init__(
+        self,
+        root: str | Path,  # holds `scans/` (or `scans_test/`, or the scene folders themselves) and the label table
+        scene_id: str,  # for example scene0000_00
     ):
         self.root, self.scene_id = Path(root), scene_id
-        places = [scene_folder(base, scene_id) for base in (self.root / 'scans', self.root / 'scans_test', self.root)]
+        places = [scene_folder(base, scene_id) for base in (self.root / "scans", self.root / "scans_test", self.root)]
         self.folder = next((place for place in places if place.is_dir()), None)
-        if self.folder is None: raise ScanNetError(root, scene_id, 'there is no such scan', 'Check the root folder, or download the scan')
+        if self.folder is None:
+            raise ScanNetError(root, scene_id, "there is no such scan", "Check the root folder, or download the scan")
 
-    def __repr__(self): return f'Scan({self.scene_id})'
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
+    def __repr__(self):
+        return f"Scan({self.scene_id})"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def close(self):
         "Closes the recording if it was opened."
-        if 'frames' in self.__dict__: self.__dict__.pop('frames').close()
+        if "frames" in self.__dict__:
+            self.__dict__.pop("frames").close()
 
-    def file(self, suffix: str) -> Path: "A file of the scan by what follows the id in its name."; return inside(self.folder, self.scene_id + suffix)
+    def file(self, suffix: str) -> Path:
+        "A file of the scan by what follows the id in its name."
+        return inside(self.folder, self.scene_id + suffix)
 
     @cached_property
-    def info(self) -> dict: "The `key = value` lines of `<scene>.txt`."; return read_scene_info(self.file('.txt'))
+    def info(self) -> dict:
+        "The `key = value` lines of `<scene>.txt`."
+        return read_scene_info(self.file(".txt"))
 
     @cached_property
     def axis_alignment(self) -> np.ndarray:
         "(4, 4) float64, scan frame to aligned frame; identity where the file has none, as in test scans."
-        matrix = self.info.get('axisAlignment', np.eye(4))
-        if np.shape(matrix) != (4, 4) or not np.allclose(matrix[:3, :3] @ matrix[:3, :3].T, np.eye(3), atol=1e-3) or (matrix[3] != [0, 0, 0, 1]).any():
-            raise ScanNetError(self.file('.txt'), 'axisAlignment', 'is no rotation and translation')
+        matrix = self.info.get("axisAlignment", np.eye(4))
+        if (
+            np.shape(matrix) != (4, 4)
+            or not np.allclose(matrix[:3, :3] @ matrix[:3, :3].T, np.eye(3), atol=1e-3)
+            or (matrix[3] != [0, 0, 0, 1]).any()
+        ):
+            raise ScanNetError(self.file(".txt"), "axisAlignment", "is no rotation and translation")
         return matrix
 
     @cached_property
-    def mesh(self) -> Mesh: "The annotated mesh, in the scan's own frame."; return read_ply(self.file('_vh_clean_2.ply'))
+    def mesh(self) -> Mesh:
+        "The annotated mesh, in the scan's own frame."
+        return read_ply(self.file("_vh_clean_2.ply"))
 
     @cached_property
     def segments(self) -> np.ndarray:
         "(N,) int64 segment id of each vertex of `mesh`."
-        path, expected = self.file('_vh_clean_2.0.010000.segs.json'), len(self.mesh.vertices)
+        path, expected = self.file("_vh_clean_2.0.010000.segs.json"), len(self.mesh.vertices)
         segments = read_segments(path)
-        if len(segments) != expected: raise ScanNetError(path, 'segIndices', f'has {len(segments):,} entries for {expected:,} vertices')
+        if len(segments) != expected:
+            raise ScanNetError(path, "segIndices", f"has {len(segments):,} entries for {expected:,} vertices")
         return segments
 
     @cached_property
-    def groups(self) -> list[Group]: "The annotated objects as listed."; return read_aggregation(self.file('.aggregation.json'))
+    def groups(self) -> list[Group]:
+        "The annotated objects as listed."
+        return read_aggregation(self.file(".aggregation.json"))
 
     @cached_property
     def instances(self) -> np.ndarray:
         "(N,) int64 object id of each vertex of `mesh`, -1 = not annotated."
-        return vertex_objects(self.segments, self.groups, self.file('.aggregation.json'))
+        return vertex_objects(self.segments, self.groups, self.file(".aggregation.json"))
 
     @cached_property
     def _boxes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -118,9 +180,14 @@ class Scan:
         return instance_boxes(vertices @ self.axis_alignment[:3, :3].T + self.axis_alignment[:3, 3], self.instances)
 
     @property
-    def object_ids(self) -> np.ndarray: "(M,) int64 object ids, ascending; an object whose vertices all went to later ones is not among them."; return self._boxes[0]
+    def object_ids(self) -> np.ndarray:
+        "(M,) int64 object ids, ascending; an object whose vertices all went to later ones is not among them."
+        return self._boxes[0]
+
     @property
-    def boxes(self) -> np.ndarray: "(M, 6) float64 cx, cy, cz, dx, dy, dz [m] in the aligned frame, by ScanRefer's rule."; return self._boxes[1]
+    def boxes(self) -> np.ndarray:
+        "(M, 6) float64 cx, cy, cz, dx, dy, dz [m] in the aligned frame, by ScanRefer's rule."
+        return self._boxes[1]
 
     @cached_property
     def labels(self) -> list[str]:
@@ -129,17 +196,31 @@ class Scan:
         return [by_id[object_id] for object_id in self.object_ids.tolist()]
 
     @cached_property
-    def label_table(self) -> LabelTable: "The release's label table."; return LabelTable.read(inside(self.root, 'scannetv2-labels.combined.tsv'))
+    def label_table(self) -> LabelTable:
+        "The release's label table."
+        return LabelTable.read(inside(self.root, "scannetv2-labels.combined.tsv"))
 
     @cached_property
     def nyu40(self) -> np.ndarray:
         "(M,) int64 nyu40 id of each object: that of the label of its first segment, which only differs from its own label where objects overlap."
         order = {label: i for i, label in enumerate(dict.fromkeys(group.label for group in self.groups))}
-        label_of = {segment: group.label for group in sorted(self.groups, key=lambda group: order[group.label]) for segment in group.segments}
+        label_of = {
+            segment: group.label
+            for group in sorted(self.groups, key=lambda group: order[group.label])
+            for segment in group.segments
+        }
         first = {group.object_id: label_of[group.segments[0]] for group in self.groups}
         unknown = set(first.values()) - self.label_table.nyu40id.keys()
-        if unknown: raise ScanNetError(self.file('.aggregation.json'), 'label', f'{min(unknown)!r} is not in the label table', 'Use the table of the same release')
-        return np.array([self.label_table.nyu40id[first[object_id]] for object_id in self.object_ids.tolist()], np.int64)
+        if unknown:
+            raise ScanNetError(
+                self.file(".aggregation.json"),
+                "label",
+                f"{min(unknown)!r} is not in the label table",
+                "Use the table of the same release",
+            )
+        return np.array(
+            [self.label_table.nyu40id[first[object_id]] for object_id in self.object_ids.tolist()], np.int64
+        )
 
     def keep(self, protocol: str) -> np.ndarray:
         "(M,) bool: which objects a published protocol (a key of `KEEP`) keeps."
@@ -148,50 +229,75 @@ class Scan:
     @cached_property
     def frames(self) -> Sens | FrameFolder:
         "The recording: `<scene>.sens`, or an export of it in the scan's folder or in `posed_images/<scene>`; poses as stored."
-        places = [self.file('.sens'), inside(self.folder), scene_folder(self.root / 'posed_images', self.scene_id)]
-        found = next((place for place in places if place.is_file() or (place / 'color').is_dir() or (place / 'intrinsic.txt').is_file()), None)
-        if found is None: raise ScanNetError(self.folder, 'recording', 'there is neither a .sens file nor an exported folder', 'Download the .sens file of the scan')
+        places = [self.file(".sens"), inside(self.folder), scene_folder(self.root / "posed_images", self.scene_id)]
+        found = next(
+            (
+                place
+                for place in places
+                if place.is_file() or (place / "color").is_dir() or (place / "intrinsic.txt").is_file()
+            ),
+            None,
+        )
+        if found is None:
+            raise ScanNetError(
+                self.folder,
+                "recording",
+                "there is neither a .sens file nor an exported folder",
+                "Download the .sens file of the scan",
+            )
         return open_frames(found)
 
     @property
-    def intrinsic_color(self) -> np.ndarray: "(4, 4) float64 [pixels]."; return self.frames.header.intrinsic_color
-    @property
-    def intrinsic_depth(self) -> np.ndarray: "(4, 4) float64 [pixels]."; return self.frames.header.intrinsic_depth
+    def intrinsic_color(self) -> np.ndarray:
+        "(4, 4) float64 [pixels]."
+        return self.frames.header.intrinsic_color
 
-    def views(self,
-        indices: Iterable[int] | None = None,   # positions in `frames`; None: all
+    @property
+    def intrinsic_depth(self) -> np.ndarray:
+        "(4, 4) float64 [pixels]."
+        return self.frames.header.intrinsic_depth
+
+    def views(
+        self,
+        indices: Iterable[int] | None = None,  # positions in `frames`; None: all
     ) -> list[Frame]:
         "Frames with their poses in the aligned frame. Frames without a pose are left out, and a warning counts them."
         frames = [self.frames[i] for i in (range(len(self.frames)) if indices is None else indices)]
         usable = [frame for frame in frames if not frame.lost]
         if len(usable) < len(frames):
-            warnings.warn(f'{self.scene_id}: {len(frames) - len(usable)} of {len(frames)} frames have no pose and are left out', stacklevel=2)
+            warnings.warn(
+                f"{self.scene_id}: {len(frames) - len(usable)} of {len(frames)} frames have no pose and are left out",
+                stacklevel=2,
+            )
         return [replace(frame, pose=self.axis_alignment @ frame.pose) for frame in usable]
 
     @cached_property
     def instance_images(self) -> LabelImages:
         "Object id + 1 per pixel of the colour camera, by frame number; the filtered images if there are any."
-        path = self.file('_2d-instance-filt.zip')
-        return LabelImages(path if path.is_file() else self.file('_2d-instance.zip'), self.frames.header.color_size)
+        path = self.file("_2d-instance-filt.zip")
+        return LabelImages(path if path.is_file() else self.file("_2d-instance.zip"), self.frames.header.color_size)
 
 # %% ../../nbs/scans/07_scan.ipynb #fd0329f4
 def objects_of_vertices(
-    faces: np.ndarray,          # (F, 3) int
-    face_objects: np.ndarray,   # (F,) int object id, -1 = none
-    count: int,                 # number of vertices
-) -> np.ndarray:                # (count,) int64, -1 for vertices without a face
+    faces: np.ndarray,  # (F, 3) int
+    face_objects: np.ndarray,  # (F,) int object id, -1 = none
+    count: int,  # number of vertices
+) -> np.ndarray:  # (count,) int64, -1 for vertices without a face
     "Object of each vertex; raises `ScanNetError` for a vertex that two objects share, since it would stretch one of the boxes."
     objects = np.full(count, -1, np.int64)
     objects[faces] = np.asarray(face_objects)[:, None]
     torn = np.flatnonzero((objects[faces] != np.asarray(face_objects)[:, None]).any(1))
-    if len(torn): raise ScanNetError('mesh', f'face {torn[0]}', 'shares a vertex with another object', 'Give each object vertices of its own')
+    if len(torn):
+        raise ScanNetError(
+            "mesh", f"face {torn[0]}", "shares a vertex with another object", "Give each object vertices of its own"
+        )
     return objects
 
 # %% ../../nbs/scans/07_scan.ipynb #6b0177b9
 def split_segments(
-    faces: np.ndarray,     # (F, 3) int
-    objects: np.ndarray,   # (N,) int object of each vertex
-) -> np.ndarray:           # (N,) int64 segment of each vertex: the smallest index in its part
+    faces: np.ndarray,  # (F, 3) int
+    objects: np.ndarray,  # (N,) int object of each vertex
+) -> np.ndarray:  # (N,) int64 segment of each vertex: the smallest index in its part
     "Connected parts of a mesh that belong to one object."
     start, end = faces.ravel(), np.roll(faces, -1, axis=1).ravel()
     same = objects[start] == objects[end]
@@ -201,30 +307,46 @@ def split_segments(
 
 # %% ../../nbs/scans/07_scan.ipynb #493e994a
 def write_scan(
-    root: str | Path,             # the scan is written to root/scans/scene_id
+    root: str | Path,  # the scan is written to root/scans/scene_id
     scene_id: str,
-    vertices: np.ndarray,         # (N, 3) [m], aligned frame
-    faces: np.ndarray,            # (F, 3) int
-    colors: np.ndarray,           # (N, 3) uint8 RGB
-    objects: np.ndarray,          # (N,) int object id of each vertex, -1 = none
-    labels: Sequence[str],        # raw label of object 0, 1, ...
-    color: np.ndarray,            # (V, H, W, 3) uint8 RGB
-    depth: np.ndarray,            # (V, h, w) uint16 [mm], 0 = no measurement
-    poses: np.ndarray,            # (V, 4, 4) camera-to-world [m], aligned frame; all -inf = lost
+    vertices: np.ndarray,  # (N, 3) [m], aligned frame
+    faces: np.ndarray,  # (F, 3) int
+    colors: np.ndarray,  # (N, 3) uint8 RGB
+    objects: np.ndarray,  # (N,) int object id of each vertex, -1 = none
+    labels: Sequence[str],  # raw label of object 0, 1, ...
+    color: np.ndarray,  # (V, H, W, 3) uint8 RGB
+    depth: np.ndarray,  # (V, h, w) uint16 [mm], 0 = no measurement
+    poses: np.ndarray,  # (V, 4, 4) camera-to-world [m], aligned frame; all -inf = lost
     intrinsic_color: np.ndarray,  # (4, 4) [pixels]
     intrinsic_depth: np.ndarray,  # (4, 4) [pixels]
-    instance: np.ndarray | None = None,        # (V, H, W) uint8 object id + 1 seen by the colour camera, 0 = none
-    axis_alignment: np.ndarray | None = None,  # (4, 4) rigid, from the stored frame to the aligned frame; None: identity
-    scene_type: str = 'Misc',
-    quality: int = 90,            # of the jpegs
-) -> Path:                        # the scan's folder
+    instance: np.ndarray | None = None,  # (V, H, W) uint8 object id + 1 seen by the colour camera, 0 = none
+    axis_alignment: np.ndarray
+    | None = None,  # (4, 4) rigid, from the stored frame to the aligned frame; None: identity
+    scene_type: str = "Misc",
+    quality: int = 90,  # of the jpegs
+) -> Path:  # the scan's folder
     "Writes recording, mesh, segments, instances and camera text of one scan. Raises `ScanNetError` for inconsistent input."
-    folder = scene_folder(Path(root) / 'scans', scene_id)
+    folder = scene_folder(Path(root) / "scans", scene_id)
+
     def require(true, where, problem):
-        if not true: raise ScanNetError(folder, where, problem, 'Pass arrays that belong together')
-    require(np.shape(vertices) == (len(objects), 3) == np.shape(colors), 'mesh', 'positions, colours and objects differ in number')
-    require(set(np.unique(objects).tolist()) - {-1} == set(range(len(labels))), 'labels', f'the vertices do not belong to exactly the {len(labels)} labelled objects')
-    require(len(color) == len(depth) == len(poses) and (instance is None or instance.shape == color.shape[:3]), 'frames', 'images and poses differ in number or size')
+        if not true:
+            raise ScanNetError(folder, where, problem, "Pass arrays that belong together")
+
+    require(
+        np.shape(vertices) == (len(objects), 3) == np.shape(colors),
+        "mesh",
+        "positions, colours and objects differ in number",
+    )
+    require(
+        set(np.unique(objects).tolist()) - {-1} == set(range(len(labels))),
+        "labels",
+        f"the vertices do not belong to exactly the {len(labels)} labelled objects",
+    )
+    require(
+        len(color) == len(depth) == len(poses) and (instance is None or instance.shape == color.shape[:3]),
+        "frames",
+        "images and poses differ in number or size",
+    )
     axis_alignment = np.eye(4) if axis_alignment is None else np.asarray(axis_alignment, np.float64)
     unalign = np.linalg.inv(axis_alignment)
     stored = [pose if np.isneginf(pose).all() else unalign @ pose for pose in np.asarray(poses, np.float64)]
@@ -232,15 +354,40 @@ def write_scan(
     segments = split_segments(faces, objects)
     folder.mkdir(parents=True, exist_ok=True)
     name = str(folder / scene_id)
-    frames = (encode_frame(header, *images, (33_333 * i,) * 2, quality) for i, images in enumerate(zip(color, depth, stored)))   # 30 frames per second
-    write_sens(f'{name}.sens', header, frames)
-    write_ply(f'{name}_vh_clean_2.ply', Mesh(np.asarray(vertices, np.float64) @ unalign[:3, :3].T + unalign[:3, 3], faces, colors))
-    write_segments(f'{name}_vh_clean_2.0.010000.segs.json', scene_id, segments)
-    write_aggregation(f'{name}.aggregation.json', scene_id, [Group(i, label, tuple(np.unique(segments[objects == i]).tolist())) for i, label in enumerate(labels)])
-    info = {'axisAlignment': axis_alignment, 'sceneType': scene_type, 'numColorFrames': len(color), 'numDepthFrames': len(depth), 'numIMUmeasurements': 0}
-    for camera, matrix, (width, height) in (('color', intrinsic_color, header.color_size), ('depth', intrinsic_depth, header.depth_size)):
-        info |= {f'{camera}Width': width, f'{camera}Height': height, f'fx_{camera}': float(matrix[0, 0]), f'fy_{camera}': float(matrix[1, 1]),
-                 f'mx_{camera}': float(matrix[0, 2]), f'my_{camera}': float(matrix[1, 2])}
-    write_scene_info(f'{name}.txt', info)
-    if instance is not None: write_label_images(f'{name}_2d-instance-filt.zip', dict(enumerate(instance)), 'instance-filt')
+    frames = (
+        encode_frame(header, *images, (33_333 * i,) * 2, quality) for i, images in enumerate(zip(color, depth, stored))
+    )  # 30 frames per second
+    write_sens(f"{name}.sens", header, frames)
+    write_ply(
+        f"{name}_vh_clean_2.ply",
+        Mesh(np.asarray(vertices, np.float64) @ unalign[:3, :3].T + unalign[:3, 3], faces, colors),
+    )
+    write_segments(f"{name}_vh_clean_2.0.010000.segs.json", scene_id, segments)
+    write_aggregation(
+        f"{name}.aggregation.json",
+        scene_id,
+        [Group(i, label, tuple(np.unique(segments[objects == i]).tolist())) for i, label in enumerate(labels)],
+    )
+    info = {
+        "axisAlignment": axis_alignment,
+        "sceneType": scene_type,
+        "numColorFrames": len(color),
+        "numDepthFrames": len(depth),
+        "numIMUmeasurements": 0,
+    }
+    for camera, matrix, (width, height) in (
+        ("color", intrinsic_color, header.color_size),
+        ("depth", intrinsic_depth, header.depth_size),
+    ):
+        info |= {
+            f"{camera}Width": width,
+            f"{camera}Height": height,
+            f"fx_{camera}": float(matrix[0, 0]),
+            f"fy_{camera}": float(matrix[1, 1]),
+            f"mx_{camera}": float(matrix[0, 2]),
+            f"my_{camera}": float(matrix[1, 2]),
+        }
+    write_scene_info(f"{name}.txt", info)
+    if instance is not None:
+        write_label_images(f"{name}_2d-instance-filt.zip", dict(enumerate(instance)), "instance-filt")
     return folder

@@ -7,7 +7,11 @@ __all__ = ['COLOR_CODES', 'DEPTH_CODES', 'IMU', 'SensHeader', 'pack_header', 'un
            'encode_frame', 'usable_poses', 'write_sens', 'index_frames', 'Sens']
 
 # %% ../../nbs/scans/03_sens.ipynb #58101f1d
-import io, mmap, os, struct, zlib
+import io
+import mmap
+import os
+import struct
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,140 +23,213 @@ from PIL import Image
 from .files import MAX_EXPANSION, MAX_PIXELS, MAX_SIDE, ScanNetError, atomic_write, decode_image, regular_file
 
 # %% ../../nbs/scans/03_sens.ipynb #c22807ea
-COLOR_CODES = {'unknown': -1, 'raw': 0, 'png': 1, 'jpeg': 2}
-DEPTH_CODES = {'unknown': -1, 'raw_ushort': 0, 'zlib_ushort': 1, 'occi_ushort': 2}
+COLOR_CODES = {"unknown": -1, "raw": 0, "png": 1, "jpeg": 2}
+DEPTH_CODES = {"unknown": -1, "raw_ushort": 0, "zlib_ushort": 1, "occi_ushort": 2}
+
 
 @dataclass(frozen=True, eq=False)
 class SensHeader:
     "What all frames of a recording share: cameras, image sizes and compression."
-    intrinsic_color: np.ndarray        # (4, 4) float64 [pixels]
-    intrinsic_depth: np.ndarray        # (4, 4) float64 [pixels]
-    color_size: tuple[int, int]        # width, height
-    depth_size: tuple[int, int]        # width, height
-    extrinsic_color: np.ndarray = field(default_factory=lambda: np.eye(4))   # (4, 4) camera to sensor base
-    extrinsic_depth: np.ndarray = field(default_factory=lambda: np.eye(4))   # (4, 4) camera to sensor base
-    color_compression: str = 'jpeg'          # a key of COLOR_CODES
-    depth_compression: str = 'zlib_ushort'   # a key of DEPTH_CODES
-    depth_shift: float = 1000.0              # depth units per metre
-    sensor_name: str = 'StructureSensor'
 
-    def check(self,
-        file: str | Path = 'header',   # named in the error
-    ) -> 'SensHeader':
+    intrinsic_color: np.ndarray  # (4, 4) float64 [pixels]
+    intrinsic_depth: np.ndarray  # (4, 4) float64 [pixels]
+    color_size: tuple[int, int]  # width, height
+    depth_size: tuple[int, int]  # width, height
+    extrinsic_color: np.ndarray = field(default_factory=lambda: np.eye(4))  # (4, 4) camera to sensor base
+    extrinsic_depth: np.ndarray = field(default_factory=lambda: np.eye(4))  # (4, 4) camera to sensor base
+    color_compression: str = "jpeg"  # a key of COLOR_CODES
+    depth_compression: str = "zlib_ushort"  # a key of DEPTH_CODES
+    depth_shift: float = 1000.0  # depth units per metre
+    sensor_name: str = "StructureSensor"
+
+    def check(
+        self,
+        file: str | Path = "header",  # named in the error
+    ) -> "SensHeader":
         "Raises `ScanNetError` unless every field can be true of a camera; returns the header itself."
-        def fail(where, problem): raise ScanNetError(file, f'header, {where}', problem)
-        for name in ('intrinsic_color', 'intrinsic_depth', 'extrinsic_color', 'extrinsic_depth'):
+
+        def fail(where, problem):
+            raise ScanNetError(file, f"header, {where}", problem)
+
+        for name in ("intrinsic_color", "intrinsic_depth", "extrinsic_color", "extrinsic_depth"):
             matrix = np.asarray(getattr(self, name))
-            if matrix.shape != (4, 4) or not np.isfinite(matrix).all(): fail(name, 'is not a finite 4x4 matrix')
-            if name.startswith('intrinsic') and min(matrix[0, 0], matrix[1, 1]) <= 0: fail(name, 'has a focal length that is not positive')
-        for name in ('color_size', 'depth_size'):
+            if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
+                fail(name, "is not a finite 4x4 matrix")
+            if name.startswith("intrinsic") and min(matrix[0, 0], matrix[1, 1]) <= 0:
+                fail(name, "has a focal length that is not positive")
+        for name in ("color_size", "depth_size"):
             width, height = getattr(self, name)
             if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS):
-                fail(name, f'{width} x {height} pixels is no image size')
-        if not 1 <= self.depth_shift <= 2 ** 16: fail('depth_shift', f'{self.depth_shift} units per metre make no depth of 16 bits')
+                fail(name, f"{width} x {height} pixels is no image size")
+        if not 1 <= self.depth_shift <= 2**16:
+            fail("depth_shift", f"{self.depth_shift} units per metre make no depth of 16 bits")
         return self
 
 # %% ../../nbs/scans/03_sens.ipynb #b37c23da
-_START = struct.Struct('<IQ')   # version, length of the sensor name
-_FIELDS = np.dtype([('matrices', '<f4', (4, 4, 4)), ('compression', '<i4', 2), ('sizes', '<u4', (2, 2)), ('depth_shift', '<f4'), ('frames', '<u8')])
+_START = struct.Struct("<IQ")  # version, length of the sensor name
+_FIELDS = np.dtype(
+    [
+        ("matrices", "<f4", (4, 4, 4)),
+        ("compression", "<i4", 2),
+        ("sizes", "<u4", (2, 2)),
+        ("depth_shift", "<f4"),
+        ("frames", "<u8"),
+    ]
+)
+
 
 def pack_header(
     header: SensHeader,
-    frames: int,        # number of frames that follow
-) -> bytes:             # the stream up to its first frame
+    frames: int,  # number of frames that follow
+) -> bytes:  # the stream up to its first frame
     "Header of a version 4 stream."
-    name = header.sensor_name.encode('utf-8', 'surrogateescape')
+    name = header.sensor_name.encode("utf-8", "surrogateescape")
     if header.color_compression not in COLOR_CODES or header.depth_compression not in DEPTH_CODES:
-        raise ScanNetError('header', 'compression', f'{header.color_compression} and {header.depth_compression} have no code in a .sens file',
-                           f'Use one of {", ".join(COLOR_CODES)} and one of {", ".join(DEPTH_CODES)}')
+        raise ScanNetError(
+            "header",
+            "compression",
+            f"{header.color_compression} and {header.depth_compression} have no code in a .sens file",
+            f"Use one of {', '.join(COLOR_CODES)} and one of {', '.join(DEPTH_CODES)}",
+        )
     fields = np.zeros((), _FIELDS)
-    fields['matrices'] = header.intrinsic_color, header.extrinsic_color, header.intrinsic_depth, header.extrinsic_depth
-    fields['compression'] = COLOR_CODES[header.color_compression], DEPTH_CODES[header.depth_compression]
-    fields['sizes'] = header.color_size, header.depth_size
-    fields['depth_shift'], fields['frames'] = header.depth_shift, frames
+    fields["matrices"] = header.intrinsic_color, header.extrinsic_color, header.intrinsic_depth, header.extrinsic_depth
+    fields["compression"] = COLOR_CODES[header.color_compression], DEPTH_CODES[header.depth_compression]
+    fields["sizes"] = header.color_size, header.depth_size
+    fields["depth_shift"], fields["frames"] = header.depth_shift, frames
     return _START.pack(4, len(name)) + name + fields.tobytes()
 
 # %% ../../nbs/scans/03_sens.ipynb #69edd83d
 def unpack_header(
-    data: bytes | mmap.mmap,   # the stream
-    file: str | Path,          # named in errors
-) -> tuple[SensHeader, int, int]:   # header, number of frames, offset of the first frame
+    data: bytes | mmap.mmap,  # the stream
+    file: str | Path,  # named in errors
+) -> tuple[SensHeader, int, int]:  # header, number of frames, offset of the first frame
     "Inverse of `pack_header`; raises `ScanNetError` for anything but a plausible version 4 header."
-    if len(data) < _START.size: raise ScanNetError(file, 'byte 0', f'{len(data)} bytes are too short for a header')
+    if len(data) < _START.size:
+        raise ScanNetError(file, "byte 0", f"{len(data)} bytes are too short for a header")
     version, length = _START.unpack_from(data)
-    if version != 4: raise ScanNetError(file, 'byte 0', f'version {version} instead of 4', 'Convert older recordings with the ScanNet tools')
+    if version != 4:
+        raise ScanNetError(
+            file, "byte 0", f"version {version} instead of 4", "Convert older recordings with the ScanNet tools"
+        )
     start = _START.size + length
     if length > 4096 or start + _FIELDS.itemsize > len(data):
-        raise ScanNetError(file, 'byte 4', f'a sensor name of {length:,} bytes leaves no room for the header')
-    fields = np.frombuffer(data[start:start + _FIELDS.itemsize], _FIELDS)[0]
-    with np.errstate(invalid='ignore'): matrices = fields['matrices'].astype(np.float64)   # NaN is found by the check below
-    sizes = fields['sizes'].tolist()
+        raise ScanNetError(file, "byte 4", f"a sensor name of {length:,} bytes leaves no room for the header")
+    fields = np.frombuffer(data[start : start + _FIELDS.itemsize], _FIELDS)[0]
+    with np.errstate(invalid="ignore"):
+        matrices = fields["matrices"].astype(np.float64)  # NaN is found by the check below
+    sizes = fields["sizes"].tolist()
     names = []
-    for codes, code, kind in zip((COLOR_CODES, DEPTH_CODES), fields['compression'].tolist(), ('colour', 'depth')):
+    for codes, code, kind in zip((COLOR_CODES, DEPTH_CODES), fields["compression"].tolist(), ("colour", "depth")):
         names.append(next((name for name, known in codes.items() if known == code), None))
-        if names[-1] is None: raise ScanNetError(file, f'byte {start + 256}', f'{code} is no {kind} compression')
-    header = SensHeader(matrices[0], matrices[2], tuple(sizes[0]), tuple(sizes[1]), matrices[1], matrices[3], *names,
-                        float(fields['depth_shift']), data[_START.size:start].decode('utf-8', 'surrogateescape'))
-    return header.check(file), int(fields['frames']), start + _FIELDS.itemsize
+        if names[-1] is None:
+            raise ScanNetError(file, f"byte {start + 256}", f"{code} is no {kind} compression")
+    header = SensHeader(
+        matrices[0],
+        matrices[2],
+        tuple(sizes[0]),
+        tuple(sizes[1]),
+        matrices[1],
+        matrices[3],
+        *names,
+        float(fields["depth_shift"]),
+        data[_START.size : start].decode("utf-8", "surrogateescape"),
+    )
+    return header.check(file), int(fields["frames"]), start + _FIELDS.itemsize
 
 # %% ../../nbs/scans/03_sens.ipynb #4c7ad52c
 def decode_depth(
-    blob: bytes,            # stored bytes
-    compression: str,       # 'raw_ushort', 'zlib_ushort' or 'png_ushort'
+    blob: bytes,  # stored bytes
+    compression: str,  # 'raw_ushort', 'zlib_ushort' or 'png_ushort'
     size: tuple[int, int],  # width, height
-    file: str | Path, where: str,   # named in errors
-) -> np.ndarray:            # (height, width) uint16, 0 = no measurement
+    file: str | Path,
+    where: str,  # named in errors
+) -> np.ndarray:  # (height, width) uint16, 0 = no measurement
     "Decodes one depth image; raises `ScanNetError`."
     width, height = size
     expected, data = 2 * width * height, blob
-    if compression == 'png_ushort':
-        image = decode_image(blob, ['PNG'], size, file, where)
-        if image.mode != 'I;16': raise ScanNetError(file, where, f'PNG of mode {image.mode} instead of 16-bit grey')
+    if compression == "png_ushort":
+        image = decode_image(blob, ["PNG"], size, file, where)
+        if image.mode != "I;16":
+            raise ScanNetError(file, where, f"PNG of mode {image.mode} instead of 16-bit grey")
         return np.array(image, np.uint16)
-    if compression == 'zlib_ushort':
-        if expected > MAX_EXPANSION * len(blob): raise ScanNetError(file, where, f'{len(blob):,} bytes cannot inflate to {expected:,}')
+    if compression == "zlib_ushort":
+        if expected > MAX_EXPANSION * len(blob):
+            raise ScanNetError(file, where, f"{len(blob):,} bytes cannot inflate to {expected:,}")
         inflate = zlib.decompressobj()
-        try: data = inflate.decompress(blob, expected + 1)
-        except zlib.error as error: raise ScanNetError(file, where, f'depth is no zlib stream ({error})') from error
-        if len(data) <= expected and not inflate.eof: raise ScanNetError(file, where, 'the zlib stream of the depth image is cut short')
-    elif compression != 'raw_ushort':
-        raise ScanNetError(file, where, f'depth compression {compression} is not supported', 'Convert with the ScanNet tools')
+        try:
+            data = inflate.decompress(blob, expected + 1)
+        except zlib.error as error:
+            raise ScanNetError(file, where, f"depth is no zlib stream ({error})") from error
+        if len(data) <= expected and not inflate.eof:
+            raise ScanNetError(file, where, "the zlib stream of the depth image is cut short")
+    elif compression != "raw_ushort":
+        raise ScanNetError(
+            file, where, f"depth compression {compression} is not supported", "Convert with the ScanNet tools"
+        )
     if len(data) != expected:
-        raise ScanNetError(file, where, f'depth of {"more than " * (len(data) > expected)}{min(len(data), expected):,} bytes where {expected:,} are announced')
-    return np.frombuffer(data, '<u2').reshape(height, width)
+        raise ScanNetError(
+            file,
+            where,
+            f"depth of {'more than ' * (len(data) > expected)}{min(len(data), expected):,} bytes where {expected:,} are announced",
+        )
+    return np.frombuffer(data, "<u2").reshape(height, width)
 
 # %% ../../nbs/scans/03_sens.ipynb #113d478d
 @dataclass(eq=False)
 class Frame:
     "One view of a recording; images are decoded on access."
+
     header: SensHeader
-    pose: np.ndarray              # (4, 4) float64 camera-to-world [m]; all -inf where tracking was lost
+    pose: np.ndarray  # (4, 4) float64 camera-to-world [m]; all -inf where tracking was lost
     blob: Callable[[str], bytes]  # 'color' or 'depth' -> the stored bytes
-    timestamps: tuple[int, int] = (0, 0)   # colour, depth [microseconds]
-    index: int = 0                # number in the recording
-    file: str | Path = 'frame'    # named in errors
+    timestamps: tuple[int, int] = (0, 0)  # colour, depth [microseconds]
+    index: int = 0  # number in the recording
+    file: str | Path = "frame"  # named in errors
 
     @property
-    def lost(self) -> bool: "Whether tracking was lost: the frame has no pose."; return not np.isfinite(self.pose).all()
+    def lost(self) -> bool:
+        "Whether tracking was lost: the frame has no pose."
+        return not np.isfinite(self.pose).all()
+
     @property
-    def color_bytes(self) -> bytes: "The colour image as stored."; return self.blob('color')
+    def color_bytes(self) -> bytes:
+        "The colour image as stored."
+        return self.blob("color")
+
     @property
-    def depth_bytes(self) -> bytes: "The depth image as stored."; return self.blob('depth')
+    def depth_bytes(self) -> bytes:
+        "The depth image as stored."
+        return self.blob("depth")
 
     @cached_property
     def color(self) -> np.ndarray:
         "(H, W, 3) uint8 RGB. Raises `ScanNetError`."
-        kind, (width, height), where = self.header.color_compression, self.header.color_size, f'colour of frame {self.index}'
+        kind, (width, height), where = (
+            self.header.color_compression,
+            self.header.color_size,
+            f"colour of frame {self.index}",
+        )
         blob = self.color_bytes
-        if kind in ('jpeg', 'png'): return np.asarray(decode_image(blob, [kind.upper()], (width, height), self.file, where).convert('RGB'))
-        if kind != 'raw': raise ScanNetError(self.file, where, f'colour compression {kind} is not supported', 'Convert with the ScanNet tools')
-        if len(blob) != 3 * width * height: raise ScanNetError(self.file, where, f'{len(blob):,} bytes where {3 * width * height:,} are announced')
+        if kind in ("jpeg", "png"):
+            return np.asarray(decode_image(blob, [kind.upper()], (width, height), self.file, where).convert("RGB"))
+        if kind != "raw":
+            raise ScanNetError(
+                self.file, where, f"colour compression {kind} is not supported", "Convert with the ScanNet tools"
+            )
+        if len(blob) != 3 * width * height:
+            raise ScanNetError(self.file, where, f"{len(blob):,} bytes where {3 * width * height:,} are announced")
         return np.frombuffer(blob, np.uint8).reshape(height, width, 3)
 
     @cached_property
     def depth(self) -> np.ndarray:
         "(h, w) uint16 in units of 1 / `depth_shift` metres; 0 = no measurement. Raises `ScanNetError`."
-        return decode_depth(self.depth_bytes, self.header.depth_compression, self.header.depth_size, self.file, f'depth of frame {self.index}')
+        return decode_depth(
+            self.depth_bytes,
+            self.header.depth_compression,
+            self.header.depth_size,
+            self.file,
+            f"depth of frame {self.index}",
+        )
 
     @property
     def depth_metres(self) -> np.ndarray:
@@ -162,45 +239,67 @@ class Frame:
 # %% ../../nbs/scans/03_sens.ipynb #827abf58
 def encode_frame(
     header: SensHeader,
-    color: np.ndarray,   # (H, W, 3) uint8 RGB
-    depth: np.ndarray,   # (h, w) uint16, 0 = no measurement
-    pose: np.ndarray,    # (4, 4) camera-to-world [m], or all -inf
-    timestamps: tuple[int, int] = (0, 0),   # colour, depth [microseconds]
-    quality: int = 90,   # of a jpeg
+    color: np.ndarray,  # (H, W, 3) uint8 RGB
+    depth: np.ndarray,  # (h, w) uint16, 0 = no measurement
+    pose: np.ndarray,  # (4, 4) camera-to-world [m], or all -inf
+    timestamps: tuple[int, int] = (0, 0),  # colour, depth [microseconds]
+    quality: int = 90,  # of a jpeg
 ) -> Frame:
     "A frame with freshly compressed images; the same input gives the same bytes."
-    for name, image, size, dtype, tail in (('colour', color, header.color_size, np.uint8, (3,)), ('depth', depth, header.depth_size, np.uint16, ())):
+    for name, image, size, dtype, tail in (
+        ("colour", color, header.color_size, np.uint8, (3,)),
+        ("depth", depth, header.depth_size, np.uint16, ()),
+    ):
         if image.dtype != dtype or image.shape != (*size[::-1], *tail):
-            raise ScanNetError('frame', name, f'{image.dtype} image of shape {image.shape} does not fit the header', 'Pass the header that belongs to the images')
-    if header.color_compression in ('jpeg', 'png'):
+            raise ScanNetError(
+                "frame",
+                name,
+                f"{image.dtype} image of shape {image.shape} does not fit the header",
+                "Pass the header that belongs to the images",
+            )
+    if header.color_compression in ("jpeg", "png"):
         stream = io.BytesIO()
-        Image.fromarray(color).save(stream, header.color_compression.upper(), **({'quality': quality} if header.color_compression == 'jpeg' else {}))
+        Image.fromarray(color).save(
+            stream,
+            header.color_compression.upper(),
+            **({"quality": quality} if header.color_compression == "jpeg" else {}),
+        )
         color = stream.getvalue()
-    else: color = color.tobytes()
-    depth = depth.astype('<u2').tobytes()
-    if header.depth_compression == 'zlib_ushort': depth = zlib.compress(depth, 6)
-    return Frame(header, np.asarray(pose, np.float64), {'color': color, 'depth': depth}.__getitem__, timestamps)
+    else:
+        color = color.tobytes()
+    depth = depth.astype("<u2").tobytes()
+    if header.depth_compression == "zlib_ushort":
+        depth = zlib.compress(depth, 6)
+    return Frame(header, np.asarray(pose, np.float64), {"color": color, "depth": depth}.__getitem__, timestamps)
 
 # %% ../../nbs/scans/03_sens.ipynb #71e3fad8
-_RECORD = np.dtype([('pose', '<f4', (4, 4)), ('timestamps', '<u8', 2), ('sizes', '<u8', 2)])
-_COUNT = struct.Struct('<Q')
-IMU = np.dtype([(name, '<f8', 3) for name in ('rotation_rate', 'acceleration', 'magnetic_field', 'attitude', 'gravity')] + [('timestamp', '<u8')])
+_RECORD = np.dtype([("pose", "<f4", (4, 4)), ("timestamps", "<u8", 2), ("sizes", "<u8", 2)])
+_COUNT = struct.Struct("<Q")
+IMU = np.dtype(
+    [(name, "<f8", 3) for name in ("rotation_rate", "acceleration", "magnetic_field", "attitude", "gravity")]
+    + [("timestamp", "<u8")]
+)
+
 
 def usable_poses(
-    poses: np.ndarray,     # (V, 4, 4)
-    file: str | Path,      # named in the error
-) -> np.ndarray:           # (V,) bool, False where tracking was lost
+    poses: np.ndarray,  # (V, 4, 4)
+    file: str | Path,  # named in the error
+) -> np.ndarray:  # (V,) bool, False where tracking was lost
     "Tells lost poses (all -inf) from usable ones; a pose that is neither raises `ScanNetError`."
     finite = np.isfinite(poses).all((1, 2))
     bad = np.flatnonzero(~finite & ~np.isneginf(poses).all((1, 2)))
-    if len(bad): raise ScanNetError(file, f'pose of frame {bad[0]}', 'neither finite nor all -inf, which would mean lost tracking')
+    if len(bad):
+        raise ScanNetError(
+            file, f"pose of frame {bad[0]}", "neither finite nor all -inf, which would mean lost tracking"
+        )
     return finite
 
+
 def write_sens(
-    path: str | Path,          # the `.sens` file
+    path: str | Path,  # the `.sens` file
     header: SensHeader,
-    frames: Iterable[Frame],   # compressed as the header says; consumed one at a time
-    imu: np.ndarray | None = None,   # (M,) of dtype IMU
+    frames: Iterable[Frame],  # compressed as the header says; consumed one at a time
+    imu: np.ndarray | None = None,  # (M,) of dtype IMU
 ) -> Path:
     "Writes a version 4 stream. The file appears when complete; raises `ScanNetError` for frames that do not fit the header."
     imu = np.zeros(0, IMU) if imu is None else np.ascontiguousarray(imu, IMU)
@@ -211,80 +310,114 @@ def write_sens(
         for frame in frames:
             own = frame.header
             if (own.color_compression, own.depth_compression, own.color_size, own.depth_size) != layout:
-                raise ScanNetError(path, f'frame {count}', 'compressed differently from what the header says', 'Encode it with the header that is written')
+                raise ScanNetError(
+                    path,
+                    f"frame {count}",
+                    "compressed differently from what the header says",
+                    "Encode it with the header that is written",
+                )
             record, color, depth = np.zeros((), _RECORD), frame.color_bytes, frame.depth_bytes
-            with np.errstate(over='ignore'): record['pose'] = frame.pose
-            usable_poses(record['pose'][None], path)
-            record['timestamps'], record['sizes'] = frame.timestamps, (len(color), len(depth))
-            for part in (record.tobytes(), color, depth): file.write(part)
+            with np.errstate(over="ignore"):
+                record["pose"] = frame.pose
+            usable_poses(record["pose"][None], path)
+            record["timestamps"], record["sizes"] = frame.timestamps, (len(color), len(depth))
+            for part in (record.tobytes(), color, depth):
+                file.write(part)
             count += 1
         file.write(_COUNT.pack(len(imu)) + imu.tobytes())
-        file.seek(len(head) - _COUNT.size)   # the number of frames is the last field of the header
+        file.seek(len(head) - _COUNT.size)  # the number of frames is the last field of the header
         file.write(_COUNT.pack(count))
     return Path(path)
 
 # %% ../../nbs/scans/03_sens.ipynb #212fe9a5
 def index_frames(
-    data: bytes | mmap.mmap,   # the stream
-    start: int,                # offset of the first frame
-    count: int,                # number of frames announced
-    file: str | Path,          # named in errors
-) -> tuple[np.ndarray, np.ndarray, int]:   # (V,) records, (V,) offsets of the colour images, offset after the last frame
+    data: bytes | mmap.mmap,  # the stream
+    start: int,  # offset of the first frame
+    count: int,  # number of frames announced
+    file: str | Path,  # named in errors
+) -> tuple[np.ndarray, np.ndarray, int]:  # (V,) records, (V,) offsets of the colour images, offset after the last frame
     "Walks over the fixed parts of all frames; raises `ScanNetError` where one does not fit into the file."
     if count > (len(data) - start) // _RECORD.itemsize:
-        raise ScanNetError(file, f'byte {start - _COUNT.size}', f'{count:,} frames do not fit into {len(data):,} bytes')
-    sizes, records, offsets = struct.Struct('<QQ'), [], []
+        raise ScanNetError(file, f"byte {start - _COUNT.size}", f"{count:,} frames do not fit into {len(data):,} bytes")
+    sizes, records, offsets = struct.Struct("<QQ"), [], []
     for i in range(count):
         offsets.append(start + _RECORD.itemsize)
         if offsets[-1] <= len(data):
-            records.append(data[start:offsets[-1]])
+            records.append(data[start : offsets[-1]])
             start = offsets[-1] + sum(sizes.unpack_from(data, offsets[-1] - sizes.size))
         if max(start, offsets[-1]) > len(data):
-            raise ScanNetError(file, f'frame {i} at byte {offsets[-1] - _RECORD.itemsize:,}', f'the file ends inside this frame ({len(data):,} bytes)')
-    return np.frombuffer(b''.join(records), _RECORD), np.array(offsets, np.int64), start
+            raise ScanNetError(
+                file,
+                f"frame {i} at byte {offsets[-1] - _RECORD.itemsize:,}",
+                f"the file ends inside this frame ({len(data):,} bytes)",
+            )
+    return np.frombuffer(b"".join(records), _RECORD), np.array(offsets, np.int64), start
 
 # %% ../../nbs/scans/03_sens.ipynb #5edd0998
 class Sens:
     "A `.sens` version 4 recording, memory-mapped: `len(sens)`, `sens[i]`, iteration. Closes itself as a context manager."
-    def __init__(self,
-        path: str | Path,   # the `.sens` file; raises ScanNetError if anything but image data is malformed
+
+    def __init__(
+        self,
+        path: str | Path,  # the `.sens` file; raises ScanNetError if anything but image data is malformed
     ):
         self.path = regular_file(path)
-        with open(self.path, 'rb') as file:
-            if not os.fstat(file.fileno()).st_size: raise ScanNetError(path, 'byte 0', 'the file is empty')
+        with open(self.path, "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise ScanNetError(path, "byte 0", "the file is empty")
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             # while walking, reading ahead would load the images in between
-            if hasattr(mmap, 'MADV_RANDOM'): self._data.madvise(mmap.MADV_RANDOM)
+            if hasattr(mmap, "MADV_RANDOM"):
+                self._data.madvise(mmap.MADV_RANDOM)
             self.header, count, start = unpack_header(self._data, path)
             self._records, self._offsets, self._imu = index_frames(self._data, start, count, path)
-            if hasattr(mmap, 'MADV_NORMAL'): self._data.madvise(mmap.MADV_NORMAL)
+            if hasattr(mmap, "MADV_NORMAL"):
+                self._data.madvise(mmap.MADV_NORMAL)
             room = len(self._data) - self._imu - _COUNT.size
             if room < 0 or _COUNT.unpack_from(self._data, self._imu)[0] * IMU.itemsize != room:
-                raise ScanNetError(path, f'byte {self._imu:,}', 'the inertial readings do not end where the file ends')
-            with np.errstate(invalid='ignore'): self.poses = self._records['pose'].astype(np.float64)   # (V, 4, 4) camera-to-world
+                raise ScanNetError(path, f"byte {self._imu:,}", "the inertial readings do not end where the file ends")
+            with np.errstate(invalid="ignore"):
+                self.poses = self._records["pose"].astype(np.float64)  # (V, 4, 4) camera-to-world
             usable = usable_poses(self.poses, path)
-            self.valid = np.flatnonzero(usable)   # indices of the frames that have a pose
-            self.lost = int((~usable).sum())      # number of frames that have none
+            self.valid = np.flatnonzero(usable)  # indices of the frames that have a pose
+            self.lost = int((~usable).sum())  # number of frames that have none
         except BaseException:
             self.close()
             raise
 
-    def close(self): "Unmaps the file; frames that have not been decoded become unreadable."; self._data.close()
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
-    def __len__(self): return len(self._offsets)
-    def __repr__(self): return f'Sens({self.path.name}: {len(self)} frames, {self.lost} without pose)'
+    def close(self):
+        "Unmaps the file; frames that have not been decoded become unreadable."
+        self._data.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __len__(self):
+        return len(self._offsets)
+
+    def __repr__(self):
+        return f"Sens({self.path.name}: {len(self)} frames, {self.lost} without pose)"
 
     def __getitem__(self, i: int) -> Frame:
         "The frame at index `i`; nothing is read or decoded before one of its images is used."
         i = range(len(self))[i]
-        color, depth = self._records['sizes'][i].tolist()
+        color, depth = self._records["sizes"][i].tolist()
         start = int(self._offsets[i])
-        spans = {'color': slice(start, start + color), 'depth': slice(start + color, start + color + depth)}
-        return Frame(self.header, self.poses[i], lambda kind: self._data[spans[kind]], tuple(self._records['timestamps'][i].tolist()), i, self.path)
+        spans = {"color": slice(start, start + color), "depth": slice(start + color, start + color + depth)}
+        return Frame(
+            self.header,
+            self.poses[i],
+            lambda kind: self._data[spans[kind]],
+            tuple(self._records["timestamps"][i].tolist()),
+            i,
+            self.path,
+        )
 
     @property
     def imu(self) -> np.ndarray:
         "(M,) inertial readings of dtype `IMU`."
-        return np.frombuffer(self._data[self._imu + _COUNT.size:], IMU)
+        return np.frombuffer(self._data[self._imu + _COUNT.size :], IMU)

@@ -6,23 +6,26 @@
 __all__ = ['uniform_views', 'voxel_bits', 'coverage_views', 'visible_pixels', 'projected_areas', 'best_views']
 
 # %% ../../nbs/scans/08_views.ipynb #b668dbe6
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
+
 from .cameras import invert_rigid, transform_points
 from .geometry import EDGES, box_corners
 
 # %% ../../nbs/scans/08_views.ipynb #7eeb75a1
 def uniform_views(
-    count: int,    # frames at hand
-    n: int,        # frames wanted
-) -> np.ndarray:   # (min(n, count),) increasing indices
+    count: int,  # frames at hand
+    n: int,  # frames wanted
+) -> np.ndarray:  # (min(n, count),) increasing indices
     "Equally spaced frames, first and last included; all of them if there are no more than `n`."
     return np.linspace(0, count - 1, min(n, count)).round().astype(int)
 
 # %% ../../nbs/scans/08_views.ipynb #c7be8f40
 def voxel_bits(
     points: np.ndarray,  # (V, P, 3) back-projected depth of each frame in one common frame [m]; nan where nothing was measured
-    size: float = 0.1,   # edge of a voxel [m]
-) -> np.ndarray:         # (V, W) uint64, bit k of a row set if the frame measured something in voxel k
+    size: float = 0.1,  # edge of a voxel [m]
+) -> np.ndarray:  # (V, W) uint64, bit k of a row set if the frame measured something in voxel k
     "Which voxels each frame sees, as packed bits."
     view, pixel = np.nonzero(np.isfinite(points).all(-1))
     cells = np.floor(points[view, pixel] / size).astype(np.int64)
@@ -34,10 +37,10 @@ def voxel_bits(
 
 # %% ../../nbs/scans/08_views.ipynb #912ce029
 def coverage_views(
-    points: np.ndarray,              # (V, P, 3) back-projected depth of each frame [m]; nan where nothing was measured
-    n: int,                          # frames wanted at most
-    share: float = 1.0,              # stop when this share of all voxels is covered
-    size: float = 0.1,               # edge of a voxel [m]
+    points: np.ndarray,  # (V, P, 3) back-projected depth of each frame [m]; nan where nothing was measured
+    n: int,  # frames wanted at most
+    share: float = 1.0,  # stop when this share of all voxels is covered
+    size: float = 0.1,  # edge of a voxel [m]
     rng: np.random.Generator | int = 0,  # draws among equals
 ) -> tuple[np.ndarray, np.ndarray]:  # frame indices in the order of choice; share covered after each
     "Frames that together see the most surface: greedy voxel set cover (Video-3D LLM's maximum coverage sampling)."
@@ -54,30 +57,35 @@ def coverage_views(
 # %% ../../nbs/scans/08_views.ipynb #294bedb6
 def visible_pixels(
     instances: np.ndarray,  # (V, H, W) integer images, object id + 1, 0 = nothing
-    count: int,             # number of objects
-) -> np.ndarray:            # (V, count)
+    count: int,  # number of objects
+) -> np.ndarray:  # (V, count)
     "Pixels of each object in each view; raises ValueError for an id above `count`."
-    if instances.size and instances.max() > count: raise ValueError(f"an instance image holds id {instances.max()}, but there are {count} objects")
+    if instances.size and instances.max() > count:
+        raise ValueError(f"an instance image holds id {instances.max()}, but there are {count} objects")
     views = np.arange(len(instances))[:, None, None] * (count + 1)
-    return np.bincount((instances.astype(np.int64) + views).ravel(), minlength=len(instances) * (count + 1)).reshape(len(instances), -1)[:, 1:]
+    return np.bincount((instances.astype(np.int64) + views).ravel(), minlength=len(instances) * (count + 1)).reshape(
+        len(instances), -1
+    )[:, 1:]
 
 # %% ../../nbs/scans/08_views.ipynb #6a79e9f5
 def projected_areas(
-    boxes: np.ndarray,       # (B, 6) boxes in the frame of the poses [m]
-    poses: np.ndarray,       # (V, 4, 4) camera-to-scan poses
+    boxes: np.ndarray,  # (B, 6) boxes in the frame of the poses [m]
+    poses: np.ndarray,  # (V, 4, 4) camera-to-scan poses
     intrinsics: np.ndarray,  # (3, 3) or (4, 4) pinhole matrix
-    size: tuple[int, int],   # width and height of the image [pixel]
-    near: float = 0.05,      # distance of the cutting plane [m]
-) -> np.ndarray:             # (V, B) [pixel^2]
+    size: tuple[int, int],  # width and height of the image [pixel]
+    near: float = 0.05,  # distance of the cutting plane [m]
+) -> np.ndarray:  # (V, B) [pixel^2]
     "Area of the part of each box's bounding rectangle that lies within each image."
-    seen = transform_points(invert_rigid(poses)[:, None], box_corners(torch.as_tensor(boxes)).numpy())             # (V, B, 8, 3)
+    seen = transform_points(invert_rigid(poses)[:, None], box_corners(torch.as_tensor(boxes)).numpy())  # (V, B, 8, 3)
     start, end = (seen[..., side, :] for side in EDGES.T.numpy())
     low, high = np.where(start[..., 2:] < end[..., 2:], start, end), np.where(start[..., 2:] < end[..., 2:], end, start)
     part = np.clip((near - low[..., 2:]) / np.maximum(high[..., 2:] - low[..., 2:], 1e-12), 0, 1)
-    ends = np.concatenate([low + part * (high - low), high], -2)                                                   # what is left of each edge
+    ends = np.concatenate([low + part * (high - low), high], -2)  # what is left of each edge
     ahead = ends[..., 2] >= near * (1 - 1e-9)
-    pixels = ends[..., :2] / np.where(ahead, ends[..., 2], 1)[..., None] * intrinsics[[0, 1], [0, 1]] + intrinsics[:2, 2]
-    edge = np.array(size) - 0.5                                                                                    # integers are pixel centres
+    pixels = (
+        ends[..., :2] / np.where(ahead, ends[..., 2], 1)[..., None] * intrinsics[[0, 1], [0, 1]] + intrinsics[:2, 2]
+    )
+    edge = np.array(size) - 0.5  # integers are pixel centres
     first = np.where(ahead[..., None], pixels, np.inf).min(-2).clip(-0.5, edge)
     last = np.where(ahead[..., None], pixels, -np.inf).max(-2).clip(-0.5, edge)
     return np.maximum(last - first, 0).prod(-1)
@@ -85,7 +93,8 @@ def projected_areas(
 # %% ../../nbs/scans/08_views.ipynb #d3067aec
 def best_views(
     scores: np.ndarray,  # (V, B) from `visible_pixels` or `projected_areas`
-) -> np.ndarray:         # (B,)
+) -> np.ndarray:  # (B,)
     "The view with the highest score of each object, -1 for an object that no view shows."
-    if not len(scores): return np.full(scores.shape[1], -1)
+    if not len(scores):
+        return np.full(scores.shape[1], -1)
     return np.where(scores.max(0) > 0, scores.argmax(0), -1)

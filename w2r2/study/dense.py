@@ -9,21 +9,24 @@ __all__ = ['BACKGROUND', 'ATTRIBUTES', 'items_of', 'patch_items', 'extents', 'De
 # %% ../../nbs/study/03_dense.ipynb #2a153401
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-import numpy as np, torch
+
+import numpy as np
+import torch
 from scipy import ndimage
 from torch import nn
 from torch.nn import functional
-from ..rooms import release as rooms
-from ..tasks.answers import gravity_frame, to_view
+
 from ..model.encoders import Pointmap
+from ..rooms import release as rooms
 from ..rooms.layout import Item, generate
 from ..scans.prepared import Prepared
+from ..tasks.answers import gravity_frame, to_view
 
 # %% ../../nbs/study/03_dense.ipynb #324a5c72
 def items_of(
     prepared: Prepared,
-    split: str,              # of splits.yaml
-) -> list[list[Item]]:       # per scene
+    split: str,  # of splits.yaml
+) -> list[list[Item]]:  # per scene
     "Everything in the scenes of a split of the embedded benchmark; raises `KeyError` naming the known splits."
     recipes = rooms.read_recipes()
     knobs = rooms.split_knobs(split, recipes)
@@ -32,47 +35,64 @@ def items_of(
 # %% ../../nbs/study/03_dense.ipynb #1ab75d86
 BACKGROUND = "floor", "wall", "ceiling", "ground"
 
+
 def patch_items(
-    instance: np.ndarray,        # (V, H, W) item + 1, 0 = nothing
-    background: np.ndarray,      # (items,) bool
+    instance: np.ndarray,  # (V, H, W) item + 1, 0 = nothing
+    background: np.ndarray,  # (items,) bool
     grid: tuple[int, int] = (6, 8),  # rows and columns of patches
-) -> np.ndarray:                 # (V, patches), -1 = nothing
+) -> np.ndarray:  # (V, patches), -1 = nothing
     "The item that each patch shows."
     views, height, width = instance.shape
     (rows, columns), kinds = grid, len(background) + 1
-    patches = instance.reshape(views, rows, height // rows, columns, width // columns).swapaxes(2, 3).reshape(views * rows * columns, -1).astype(int)
-    counts = np.bincount((np.arange(len(patches))[:, None] * kinds + patches).ravel(), minlength=len(patches) * kinds).reshape(-1, kinds)
+    patches = (
+        instance.reshape(views, rows, height // rows, columns, width // columns)
+        .swapaxes(2, 3)
+        .reshape(views * rows * columns, -1)
+        .astype(int)
+    )
+    counts = np.bincount(
+        (np.arange(len(patches))[:, None] * kinds + patches).ravel(), minlength=len(patches) * kinds
+    ).reshape(-1, kinds)
     votes = counts * np.concatenate([[0], np.where(background, 1, 2)])
     return np.where(votes.any(1), votes.argmax(1) - 1, -1).reshape(views, -1)
 
 # %% ../../nbs/study/03_dense.ipynb #108bf459
 def extents(
     instance: np.ndarray,  # (H, W) item + 1, 0 = nothing
-    count: int,            # items
-) -> np.ndarray:           # (count, 4) left, top, right, bottom [pixel]; 0 for an item out of view
+    count: int,  # items
+) -> np.ndarray:  # (count, 4) left, top, right, bottom [pixel]; 0 for an item out of view
     "The rectangle around the visible part of each item."
     rectangles = np.zeros((count, 4))
     for item, found in enumerate(ndimage.find_objects(instance, max_label=count)):
-        if found is not None: rectangles[item] = found[1].start, found[0].start, found[1].stop, found[0].stop
+        if found is not None:
+            rectangles[item] = found[1].start, found[0].start, found[1].stop, found[0].stop
     return rectangles
 
 # %% ../../nbs/study/03_dense.ipynb #771cdbe5
 ATTRIBUTES = "category", "color", "material", "shape"
 
+
 @dataclass(frozen=True)
 class DenseLabels:
     "What the P patches of n views show."
-    names: list[list[str]]     # per attribute
-    attributes: torch.Tensor   # (n, P, 4) place in `names`; -1 = nothing there, or a name that is not in the list
-    box2d: torch.Tensor        # (n, P, 4) from the middle of the patch to the left, top, right and bottom end of what it shows [patch]
-    box3d: torch.Tensor        # (n, P, 6) its box in the frame of the view [m]
-    point: torch.Tensor        # (n, P, 3) mean measured point of the patch in that frame [m]
-    measured: torch.Tensor     # (n, P, 1) share of the patch with depth
 
-    def __len__(self): return len(self.attributes)
+    names: list[list[str]]  # per attribute
+    attributes: torch.Tensor  # (n, P, 4) place in `names`; -1 = nothing there, or a name that is not in the list
+    box2d: (
+        torch.Tensor
+    )  # (n, P, 4) from the middle of the patch to the left, top, right and bottom end of what it shows [patch]
+    box3d: torch.Tensor  # (n, P, 6) its box in the frame of the view [m]
+    point: torch.Tensor  # (n, P, 3) mean measured point of the patch in that frame [m]
+    measured: torch.Tensor  # (n, P, 1) share of the patch with depth
+
+    def __len__(self):
+        return len(self.attributes)
 
     def _each(self, change) -> "DenseLabels":
-        return replace(self, **{name: change(getattr(self, name)) for name in ("attributes", "box2d", "box3d", "point", "measured")})
+        return replace(
+            self,
+            **{name: change(getattr(self, name)) for name in ("attributes", "box2d", "box3d", "point", "measured")},
+        )
 
     def __getitem__(self, rows) -> "DenseLabels":
         "Some of the views."
@@ -86,29 +106,45 @@ class DenseLabels:
     @property
     def furniture(self) -> torch.Tensor:
         "(n, P) bool: what is there is neither floor nor wall, ceiling or ground."
-        return self.known & ~torch.tensor([name in BACKGROUND for name in self.names[0]])[self.attributes[..., 0].clamp(min=0)]
+        return (
+            self.known
+            & ~torch.tensor([name in BACKGROUND for name in self.names[0]])[self.attributes[..., 0].clamp(min=0)]
+        )
 
 # %% ../../nbs/study/03_dense.ipynb #7a7a2a3c
-def _label_scene(prepared: Prepared, row: int, items: list[Item], names: list[list[str]], grid: tuple[int, int]) -> list[np.ndarray]:
+def _label_scene(
+    prepared: Prepared, row: int, items: list[Item], names: list[list[str]], grid: tuple[int, int]
+) -> list[np.ndarray]:
     instance, poses = np.array(prepared.instance[row]), torch.tensor(prepared.poses[row])
-    shown = patch_items(instance, np.array([item.category in BACKGROUND for item in items]), grid)            # (V, P)
+    shown = patch_items(instance, np.array([item.category in BACKGROUND for item in items]), grid)  # (V, P)
     there = (shown >= 0)[..., None]
-    size = np.array(instance.shape[:0:-1]) / grid[::-1]                                                       # width, height of a patch
-    middle = (np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1])[::-1], -1) + 0.5) * size              # (P, 2)
-    reach = np.stack([extents(image, len(items))[chosen] for image, chosen in zip(instance, shown)])          # (V, P, 4)
+    size = np.array(instance.shape[:0:-1]) / grid[::-1]  # width, height of a patch
+    middle = (np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1])[::-1], -1) + 0.5) * size  # (P, 2)
+    reach = np.stack([extents(image, len(items))[chosen] for image, chosen in zip(instance, shown)])  # (V, P, 4)
     index = [{name: place for place, name in enumerate(known)} for known in names]
-    attributes = np.array([[known.get(getattr(item, name), -1) for name, known in zip(ATTRIBUTES, index)] for item in items])
+    attributes = np.array(
+        [[known.get(getattr(item, name), -1) for name, known in zip(ATTRIBUTES, index)] for item in items]
+    )
     box3d = to_view(torch.tensor(np.stack([item.box for item in items]))[shown], gravity_frame(poses)[:, None]).numpy()
-    views = {name: np.array(getattr(prepared, name)[row]) for name in ("color", "depth", "poses", "intrinsic_color", "intrinsic_depth")}
+    views = {
+        name: np.array(getattr(prepared, name)[row])
+        for name in ("color", "depth", "poses", "intrinsic_color", "intrinsic_depth")
+    }
     geometry = Pointmap(grid)(views).numpy().reshape(*shown.shape, -1)
-    return [np.where(there, attributes[shown], -1), np.where(there, np.concatenate([middle - reach[..., :2], reach[..., 2:] - middle], -1) / np.tile(size, 2), 0),
-            np.where(there, box3d, 0), geometry[..., :12].reshape(*shown.shape, 4, 3).mean(2), geometry[..., 15:]]
+    return [
+        np.where(there, attributes[shown], -1),
+        np.where(there, np.concatenate([middle - reach[..., :2], reach[..., 2:] - middle], -1) / np.tile(size, 2), 0),
+        np.where(there, box3d, 0),
+        geometry[..., :12].reshape(*shown.shape, 4, 3).mean(2),
+        geometry[..., 15:],
+    ]
+
 
 def label_views(
     prepared: Prepared,
-    items: Sequence[list[Item]],           # per scene, from `items_of`
+    items: Sequence[list[Item]],  # per scene, from `items_of`
     names: list[list[str]] | None = None,  # per attribute; None: those of the items
-    grid: tuple[int, int] = (6, 8),        # rows and columns of patches
+    grid: tuple[int, int] = (6, 8),  # rows and columns of patches
 ) -> DenseLabels:
     "The labels of all views of a split, scene after scene; raises ValueError for a scene without depth."
     names = names or [sorted({getattr(item, name) for scene in items for item in scene}) for name in ATTRIBUTES]
@@ -119,53 +155,79 @@ def label_views(
 # %% ../../nbs/study/03_dense.ipynb #6e2aa7b5
 def mirrored(
     labels: DenseLabels,
-    which: torch.Tensor,             # (n,) bool
+    which: torch.Tensor,  # (n,) bool
     grid: tuple[int, int] = (6, 8),  # rows and columns of patches
 ) -> DenseLabels:
     "The labels of the views, some of them mirrored left to right."
-    def swap(values): return values.unflatten(1, grid).flip(2).flatten(1, 2)
+
+    def swap(values):
+        return values.unflatten(1, grid).flip(2).flatten(1, 2)
+
     ahead = torch.tensor([-1.0, 1, 1])
-    flipped = replace(labels._each(swap), box2d=swap(labels.box2d)[..., [2, 1, 0, 3]], box3d=swap(labels.box3d) * torch.cat([ahead, torch.ones(3)]), point=swap(labels.point) * ahead)
+    flipped = replace(
+        labels._each(swap),
+        box2d=swap(labels.box2d)[..., [2, 1, 0, 3]],
+        box3d=swap(labels.box3d) * torch.cat([ahead, torch.ones(3)]),
+        point=swap(labels.point) * ahead,
+    )
     rows = iter((flipped.attributes, flipped.box2d, flipped.box3d, flipped.point, flipped.measured))
     return labels._each(lambda values: torch.where(which[:, None, None], next(rows), values))
 
 # %% ../../nbs/study/03_dense.ipynb #d12bfc1a
 class DenseHeads(nn.Module):
     "Reads the labels from the features of a patch."
-    SCALE = torch.tensor([1, 1, 1, 1, 3, 3, 1.5, 1, 1, 1, 2, 2, 1])   # of reach [patch], box [m] and point [m]
 
-    def __init__(self,
-        width: int,                # of F2D
-        names: list[list[str]],    # per attribute
+    SCALE = torch.tensor([1, 1, 1, 1, 3, 3, 1.5, 1, 1, 1, 2, 2, 1])  # of reach [patch], box [m] and point [m]
+
+    def __init__(
+        self,
+        width: int,  # of F2D
+        names: list[list[str]],  # per attribute
     ):
         super().__init__()
         self.attributes = nn.ModuleList(nn.Linear(width, len(known)) for known in names)
         self.geometry = nn.Linear(width, len(self.SCALE))
 
-    def forward(self,
-        f2d: torch.Tensor,         # (n, P, width)
-    ) -> dict[str, torch.Tensor]:  # (n, P, names) logits of each attribute, `box2d` (n, P, 4) [patch], `box3d` (n, P, 6) and `point` (n, P, 3) [m]
+    def forward(
+        self,
+        f2d: torch.Tensor,  # (n, P, width)
+    ) -> dict[
+        str, torch.Tensor
+    ]:  # (n, P, names) logits of each attribute, `box2d` (n, P, 4) [patch], `box3d` (n, P, 6) and `point` (n, P, 3) [m]
         "What the features say."
         places = (self.geometry(f2d) * self.SCALE.to(f2d)).split([4, 6, 3], -1)
-        return {name: head(f2d) for name, head in zip(ATTRIBUTES, self.attributes)} | dict(zip(("box2d", "box3d", "point"), places))
+        return {name: head(f2d) for name, head in zip(ATTRIBUTES, self.attributes)} | dict(
+            zip(("box2d", "box3d", "point"), places)
+        )
 
 # %% ../../nbs/study/03_dense.ipynb #5c184eb3
 def dense_losses(
     said: dict[str, torch.Tensor],  # from `DenseHeads`
     labels: DenseLabels,
-) -> dict[str, torch.Tensor]:       # seven terms of equal weight
+) -> dict[str, torch.Tensor]:  # seven terms of equal weight
     "What is wrong with the answers of the heads."
     weight = torch.where(labels.furniture, 1.0, 0.3) * labels.known
     furniture = labels.furniture[..., None].float()
     box, point = DenseHeads.SCALE[4:10], DenseHeads.SCALE[10:]
-    def distance(values, truth, beta): return functional.smooth_l1_loss(values, truth, reduction="none", beta=beta)
+
+    def distance(values, truth, beta):
+        return functional.smooth_l1_loss(values, truth, reduction="none", beta=beta)
+
     losses = {}
     for place, name in enumerate(ATTRIBUTES):
-        wrong = functional.cross_entropy(said[name].flatten(0, 1), labels.attributes[..., place].flatten(), ignore_index=-1, reduction="none", label_smoothing=0.05)
+        wrong = functional.cross_entropy(
+            said[name].flatten(0, 1),
+            labels.attributes[..., place].flatten(),
+            ignore_index=-1,
+            reduction="none",
+            label_smoothing=0.05,
+        )
         losses[name] = (wrong.view_as(weight) * weight).sum() / weight.sum().clamp(min=1)
     count = furniture.sum().clamp(min=1)
     losses["box2d"] = (distance(said["box2d"], labels.box2d.clamp(-2, 8), 0.3) * furniture).sum() / (4 * count)
-    losses["box3d"] = (distance(said["box3d"] / box, labels.box3d / box, 0.2) * furniture).sum() / (3 * count)    # twice the mean over its six numbers
+    losses["box3d"] = (distance(said["box3d"] / box, labels.box3d / box, 0.2) * furniture).sum() / (
+        3 * count
+    )  # twice the mean over its six numbers
     losses["point"] = 2 * (distance(said["point"] / point, labels.point / point, 0.2) * labels.measured).mean()
     return losses
 
@@ -173,10 +235,17 @@ def dense_losses(
 def dense_scores(
     said: dict[str, torch.Tensor],  # from `DenseHeads`
     labels: DenseLabels,
-) -> dict[str, float]:              # accuracy of each attribute; mean absolute errors of `reach` [patch], `centre` and `size` [m]
+) -> dict[str, float]:  # accuracy of each attribute; mean absolute errors of `reach` [patch], `centre` and `size` [m]
     "Accuracies and errors on furniture."
     where = labels.furniture
-    right = {name: (said[name].argmax(-1) == labels.attributes[..., place])[where].float().mean() for place, name in enumerate(ATTRIBUTES)}
+    right = {
+        name: (said[name].argmax(-1) == labels.attributes[..., place])[where].float().mean()
+        for place, name in enumerate(ATTRIBUTES)
+    }
     box = (said["box3d"] - labels.box3d)[where].abs()
-    errors = {"reach": (said["box2d"] - labels.box2d)[where].abs().mean(), "centre": box[:, :3].mean(), "size": box[:, 3:].mean()}
+    errors = {
+        "reach": (said["box2d"] - labels.box2d)[where].abs().mean(),
+        "centre": box[:, :3].mean(),
+        "size": box[:, 3:].mean(),
+    }
     return {name: float(value.detach()) for name, value in (right | errors).items()}

@@ -8,78 +8,109 @@ __all__ = ['PASSES', 'SHIFTS', 'passes', 'slope', 'displacements', 'following_sl
 
 # %% ../../nbs/study/01_diagnose.ipynb #b451eb7d
 from collections.abc import Sequence
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
-from ..metrics.accuracy import overlaps
-from ..tasks.answers import gravity_frame, to_view
-from ..scans.cameras import transform_points
-from ..metrics.floors import class_boxes, random_box
+
 from ..method.interventions import move
+from ..method.reforming import on_target, visual_attention
+from ..metrics.accuracy import overlaps
+from ..metrics.floors import class_boxes, random_box
+from ..metrics.statistics import Interval, bootstrap
 from ..model.fused import INPUTS, FusedVLM
 from ..model.packing import Packer
+from ..model.scenes import Collator
+from ..scans.cameras import transform_points
 from ..scans.pictures import contact_sheet
 from .predict import answer
-from ..method.reforming import on_target, visual_attention
-from ..model.scenes import Collator
-from ..metrics.statistics import Interval, bootstrap
+from ..tasks.answers import gravity_frame, to_view
 
 # %% ../../nbs/study/01_diagnose.ipynb #3f90b3c1
-PASSES = {"fused": None, "2d": "3d", "3d": "2d", "language": "both"}    # name of a pass -> what `w2r2.study.predict.answer` may not see
+PASSES = {
+    "fused": None,
+    "2d": "3d",
+    "3d": "2d",
+    "language": "both",
+}  # name of a pass -> what `w2r2.study.predict.answer` may not see
+
 
 def _grounding(scenes: Sequence[dict]) -> list[dict]:
     "The scenes with their ScanRefer queries only; raises ValueError if there are none."
     kept = [{**scene, "queries": [query for query in scene["queries"] if query["task"] == 0]} for scene in scenes]
     kept = [scene for scene in kept if scene["queries"]]
-    if not kept: raise ValueError("no ScanRefer query in these scenes: there is no answer to diagnose")
+    if not kept:
+        raise ValueError("no ScanRefer query in these scenes: there is no answer to diagnose")
     return kept
+
 
 def _of_queries(scenes: list[dict], name: str) -> np.ndarray:
     "One entry of every query, or the number of its scene."
-    return np.array([scene["index"] if name == "scene" else np.asarray(query[name]) for scene in scenes for query in scene["queries"]])
+    return np.array(
+        [
+            scene["index"] if name == "scene" else np.asarray(query[name])
+            for scene in scenes
+            for query in scene["queries"]
+        ]
+    )
+
 
 def passes(
-    model: FusedVLM,         # and the next three: see `w2r2.study.predict.answer`
+    model: FusedVLM,  # and the next three: see `w2r2.study.predict.answer`
     scenes: Sequence[dict],
-    packer: Packer, tokenizer: PreTrainedTokenizerBase,
-    seed: int = 0,           # of the random boxes
-    **options,               # of `answer`
-) -> pd.DataFrame:           # pass, measure, value, low, high, n
+    packer: Packer,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,  # of the random boxes
+    **options,  # of `answer`
+) -> pd.DataFrame:  # pass, measure, value, low, high, n
     "Acc@0.25, Acc@0.5 and which-view accuracy of every pass and of random boxes, with 95 % intervals over scenes."
     scenes = _grounding(scenes)
     group, truth, best = (_of_queries(scenes, name) for name in ("scene", "box", "view"))
     said = {name: answer(model, scenes, packer, tokenizer, blind=blind, **options) for name, blind in PASSES.items()}
     boxes = {name: predicted.boxes for name, predicted in said.items()}
-    records = [{"scene_id": place, "object_id": query, "ann_id": 0, "object_name": None, "bbox": box} for query, (place, box) in enumerate(zip(group, truth))]
+    records = [
+        {"scene_id": place, "object_id": query, "ann_id": 0, "object_name": None, "bbox": box}
+        for query, (place, box) in enumerate(zip(group, truth))
+    ]
     bounds = {place: truth[group == place] for place in set(group)}
     boxes["random"] = np.array([record["bbox"] for record in random_box(records, class_boxes(records), bounds, seed)])
     rows = []
     for name, predicted in boxes.items():
         iou = overlaps(list(predicted), list(truth))
-        values = {"Acc@0.25": iou >= 0.25, "Acc@0.5": iou >= 0.5} | ({"view": said[name].views == best} if name in said else {})
-        rows += [{"pass": name, "measure": measure, **bootstrap(right, group)._asdict()} for measure, right in values.items()]
+        values = {"Acc@0.25": iou >= 0.25, "Acc@0.5": iou >= 0.5} | (
+            {"view": said[name].views == best} if name in said else {}
+        )
+        rows += [
+            {"pass": name, "measure": measure, **bootstrap(right, group)._asdict()} for measure, right in values.items()
+        ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/01_diagnose.ipynb #6adbb3b6
-SHIFTS = (0.4, 0.4, 0.2), (0.4, -0.4, -0.2), (-0.4, 0.4, -0.2), (-0.4, -0.4, 0.2)    # x, y, z in the scan frame [m]
+SHIFTS = (0.4, 0.4, 0.2), (0.4, -0.4, -0.2), (-0.4, 0.4, -0.2), (-0.4, -0.4, 0.2)  # x, y, z in the scan frame [m]
+
 
 def slope(
-    cause: np.ndarray,   # (n,)
+    cause: np.ndarray,  # (n,)
     effect: np.ndarray,  # (n,)
     groups: np.ndarray,  # (n,) scene
 ) -> Interval:
     "Least-squares slope through the origin, with its 95 % bootstrap interval over scenes; raises ValueError as `bootstrap`."
     cause, effect = np.asarray(cause, float), np.asarray(effect, float)
-    return bootstrap(np.column_stack([cause * effect, cause ** 2]), groups, statistic=lambda sums: sums[..., 0] / sums[..., 1])
+    return bootstrap(
+        np.column_stack([cause * effect, cause**2]), groups, statistic=lambda sums: sums[..., 0] / sums[..., 1]
+    )
 
 # %% ../../nbs/study/01_diagnose.ipynb #bc2ba839
 def displacements(
-    model: FusedVLM,           # and the next three: see `w2r2.study.predict.answer`
+    model: FusedVLM,  # and the next three: see `w2r2.study.predict.answer`
     scenes: Sequence[dict],
-    packer: Packer, tokenizer: PreTrainedTokenizerBase,
-    shifts: Sequence = SHIFTS, # (3,) each, in the scan frame [m]
-    **options,                 # of `answer`
-) -> pd.DataFrame:             # scene, number (of the query), axis, shift [m], displacement [m]: a row per query, shift and axis
+    packer: Packer,
+    tokenizer: PreTrainedTokenizerBase,
+    shifts: Sequence = SHIFTS,  # (3,) each, in the scan frame [m]
+    **options,  # of `answer`
+) -> pd.DataFrame:  # scene, number (of the query), axis, shift [m], displacement [m]: a row per query, shift and axis
     "How far the answers move when the geometry does; raises ValueError without ScanRefer queries."
     scenes, rows = _grounding(scenes), []
     before = answer(model, scenes, packer, tokenizer, **options)
@@ -87,16 +118,28 @@ def displacements(
     for shift in torch.tensor(shifts, dtype=torch.float64):
         moved = [move(scene, shift, torch.ones((), dtype=torch.float64), move_target=False) for scene in scenes]
         after = answer(model, moved, packer, tokenizer, views=before.views, **options)
-        rows += [pd.DataFrame({"scene": group, "number": before.numbers, "axis": axis, "shift": shift[i].item(), "displacement": after.boxes[:, i] - before.boxes[:, i]})
-                 for i, axis in enumerate("xyz")]
+        rows += [
+            pd.DataFrame(
+                {
+                    "scene": group,
+                    "number": before.numbers,
+                    "axis": axis,
+                    "shift": shift[i].item(),
+                    "displacement": after.boxes[:, i] - before.boxes[:, i],
+                }
+            )
+            for i, axis in enumerate("xyz")
+        ]
     return pd.concat(rows, ignore_index=True)
 
+
 def following_slope(
-    model: FusedVLM,           # and the next three: see `w2r2.study.predict.answer`
+    model: FusedVLM,  # and the next three: see `w2r2.study.predict.answer`
     scenes: Sequence[dict],
-    packer: Packer, tokenizer: PreTrainedTokenizerBase,
-    shifts: Sequence = SHIFTS, # (3,) each, in the scan frame [m]
-    **options,                 # of `answer`
+    packer: Packer,
+    tokenizer: PreTrainedTokenizerBase,
+    shifts: Sequence = SHIFTS,  # (3,) each, in the scan frame [m]
+    **options,  # of `answer`
 ) -> Interval:
     "Slope of the predicted displacement on a known shift of the geometry: 1 = geometry decides where, 0 = the images do."
     moved = displacements(model, scenes, packer, tokenizer, shifts, **options)
@@ -106,59 +149,80 @@ def following_slope(
 def mirrored(
     scene: dict,
     columns: int,  # of patches in a view
-) -> dict:         # another scene, with the mirror images of its patches for visual tokens
+) -> dict:  # another scene, with the mirror images of its patches for visual tokens
     "do(F2D) on one scene: the appearance of each view is mirrored, the geometry stays."
-    def flip(patch): return patch + columns - 1 - 2 * (patch % columns)
-    return {**scene, "f2d": scene["f2d"][flip(torch.arange(len(scene["f2d"])))], "visual_index": flip(scene["visual_index"]).sort().values}
+
+    def flip(patch):
+        return patch + columns - 1 - 2 * (patch % columns)
+
+    return {
+        **scene,
+        "f2d": scene["f2d"][flip(torch.arange(len(scene["f2d"])))],
+        "visual_index": flip(scene["visual_index"]).sort().values,
+    }
 
 # %% ../../nbs/study/01_diagnose.ipynb #f06d89d2
 def _distances(scene: dict, query: dict, view: int, columns: int, margin: float = 0.1) -> tuple[float, float]:
     "Mean distance ahead of the patches of a view that show the box of a query, and of their mirror images [m]; NaN if none does."
     per_view = len(scene["geometry"]) // len(scene["poses"])
-    own = scene["geometry"][view * per_view:(view + 1) * per_view, :12].double().reshape(per_view, 4, 3).mean(1)
+    own = scene["geometry"][view * per_view : (view + 1) * per_view, :12].double().reshape(per_view, 4, 3).mean(1)
     points = transform_points(gravity_frame(scene["poses"][view]), own)
     hit = ((points - query["box"][:3]).abs() <= query["box"][3:] / 2 + margin).all(-1)
     there = hit.reshape(-1, columns).flip(1).flatten()
     return own[hit, 1].mean().item(), own[there, 1].mean().item()
 
+
 def mirror_test(
-    model: FusedVLM,           # and the next three: see `w2r2.study.predict.answer`
+    model: FusedVLM,  # and the next three: see `w2r2.study.predict.answer`
     scenes: Sequence[dict],
-    packer: Packer, tokenizer: PreTrainedTokenizerBase,
-    degrees: float = 5,        # answers nearer to the middle of the view have no side
-    **options,                 # of `answer`
+    packer: Packer,
+    tokenizer: PreTrainedTokenizerBase,
+    degrees: float = 5,  # answers nearer to the middle of the view have no side
+    **options,  # of `answer`
 ) -> dict[str, Interval]:
     "Slopes of 'direction' (1 = it goes where appearance goes) and 'distance' (1 = it is that of the geometry there), and the 'share' that changes sides; intervals over scenes."
     scenes, columns = _grounding(scenes), packer.grid[1]
     before = answer(model, scenes, packer, tokenizer, **options)
-    after = answer(model, [mirrored(scene, columns) for scene in scenes], packer, tokenizer, views=before.views, **options)
+    after = answer(
+        model, [mirrored(scene, columns) for scene in scenes], packer, tokenizer, views=before.views, **options
+    )
     group, views = _of_queries(scenes, "scene"), before.views
     asked = [(scene, query) for scene in scenes for query in scene["queries"]]
     frames = torch.stack([gravity_frame(scene["poses"][view]) for (scene, _), view in zip(asked, views)])
-    (x, y), (x_after, y_after) = (to_view(torch.as_tensor(said.boxes), frames)[:, :2].T.numpy() for said in (before, after))
+    (x, y), (x_after, y_after) = (
+        to_view(torch.as_tensor(said.boxes), frames)[:, :2].T.numpy() for said in (before, after)
+    )
     angle, angle_after = np.arctan2(x, y), np.arctan2(x_after, y_after)
     here, there = np.array([_distances(scene, query, view, columns) for (scene, query), view in zip(asked, views)]).T
     seen, aside = np.isfinite(here), np.abs(angle) >= np.radians(degrees)
-    return {"direction": slope(-angle, angle_after, group), "distance": slope((there - here)[seen], (y_after - y)[seen], group[seen]),
-            "share": bootstrap((angle * angle_after < 0)[aside], group[aside])}
+    return {
+        "direction": slope(-angle, angle_after, group),
+        "distance": slope((there - here)[seen], (y_after - y)[seen], group[seen]),
+        "share": bootstrap((angle * angle_after < 0)[aside], group[aside]),
+    }
 
 # %% ../../nbs/study/01_diagnose.ipynb #25df6c81
 @torch.no_grad()
 def _states(model: FusedVLM, scene: dict, packer: Packer) -> tuple[dict, dict]:
     "The batch of a scene's ScanRefer queries, and the hidden states of its fused and its 2D-only pass."
-    scene, = _grounding([scene])
+    (scene,) = _grounding([scene])
     batch = Collator(packer)([scene | {"queries": [query | {"answer": []} for query in scene["queries"]]}])
     batch = {name: value.to(model.device) for name, value in batch.items()}
     given = {key: batch[key] for key in INPUTS} | {"output_hidden_states": True, "logits_to_keep": batch["labels"] >= 0}
-    return batch, {name: model(**given, shortcut=shortcut).hidden_states for name, shortcut in (("fused", False), ("2d", True))}
+    return batch, {
+        name: model(**given, shortcut=shortcut).hidden_states for name, shortcut in (("fused", False), ("2d", True))
+    }
+
 
 @torch.no_grad()
 def attention_maps(
     model: FusedVLM,
     scene: dict,
     packer: Packer,
-    layer: int = 0,              # of the decoder; see `attention_on_target`
-) -> dict[str, np.ndarray]:      # "fused" and "2d": (ScanRefer queries, views, rows, columns), NaN for patches that the model is not shown
+    layer: int = 0,  # of the decoder; see `attention_on_target`
+) -> dict[
+    str, np.ndarray
+]:  # "fused" and "2d": (ScanRefer queries, views, rows, columns), NaN for patches that the model is not shown
     "Attention of the answers to the visual tokens, in units of an even spread; raises ValueError without ScanRefer queries."
     batch, passes = _states(model, scene, packer)
     maps = {}
@@ -171,42 +235,67 @@ def attention_maps(
 # %% ../../nbs/study/01_diagnose.ipynb #79631341
 def attention_figure(
     maps: dict[str, np.ndarray],  # name -> (V, rows, columns), of one query
-    colors: np.ndarray,           # (V, H, W, 3) uint8
-    poses: np.ndarray,            # (V, 4, 4) camera-to-scan
-    intrinsic: np.ndarray,        # (4, 4) [pixels]
-    box: np.ndarray,              # (6,) the true answer [m]
-    text: str = "",               # what was asked for
+    colors: np.ndarray,  # (V, H, W, 3) uint8
+    poses: np.ndarray,  # (V, 4, 4) camera-to-scan
+    intrinsic: np.ndarray,  # (4, 4) [pixels]
+    box: np.ndarray,  # (6,) the true answer [m]
+    text: str = "",  # what was asked for
 ) -> Figure:
     "The views of a scene once per map, lit by attention: what is black gets none."
     views, (height, width) = len(colors), colors.shape[1:3]
-    figure = contact_sheet(np.concatenate([colors] * len(maps)), np.concatenate([poses] * len(maps)), intrinsic, box[None], [text], [{"color": "white", "lw": 1.2}], views)
+    figure = contact_sheet(
+        np.concatenate([colors] * len(maps)),
+        np.concatenate([poses] * len(maps)),
+        intrinsic,
+        box[None],
+        [text],
+        [{"color": "white", "lw": 1.2}],
+        views,
+    )
     figure.set_size_inches(2 * views, (2 * height / width + 0.15) * len(maps) + 0.3)
     for row, (name, values) in enumerate(maps.items()):
         dark = 0.9 * (1 - np.nan_to_num(values) / np.nanmax(values))
         for view in range(views):
             axis = figure.axes[row * views + view]
-            axis.imshow(np.zeros((*values.shape[1:], 3)), alpha=dark[view], extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+            axis.imshow(
+                np.zeros((*values.shape[1:], 3)), alpha=dark[view], extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+            )
             axis.set_title(f"{name}, view {view}: at most {np.nanmax(values[view], initial=0):.1f}", fontsize=6, pad=2)
-            for image in axis.images: image.set_interpolation("none")
+            for image in axis.images:
+                image.set_interpolation("none")
     return figure
 
 # %% ../../nbs/study/01_diagnose.ipynb #a50d324b
 @torch.no_grad()
 def attention_on_target(
     model: FusedVLM,
-    scenes: Sequence[dict],     # as the model sees them
+    scenes: Sequence[dict],  # as the model sees them
     packer: Packer,
-    exact: Sequence[dict] | None = None,  # the same scenes with exact geometry, which says what is on the target; None: it is exact
-) -> pd.DataFrame:              # pass, layer (counted from 0), share, even (the share of an even spread), n (queries whose target has a patch)
+    exact: Sequence[dict]
+    | None = None,  # the same scenes with exact geometry, which says what is on the target; None: it is exact
+) -> (
+    pd.DataFrame
+):  # pass, layer (counted from 0), share, even (the share of an even spread), n (queries whose target has a patch)
     "The share of the answers' attention to visual tokens that falls on the target, layer by layer; mean over queries. Raises ValueError without ScanRefer queries."
     rows = []
     for scene, known in zip(scenes, scenes if exact is None else exact, strict=True):
         batch, passes = _states(model, scene, packer)
-        target = on_target(batch | {"geometry": known["geometry"][None, scene["visual_index"]].to(model.device)})[0].float()
+        target = on_target(batch | {"geometry": known["geometry"][None, scene["visual_index"]].to(model.device)})[
+            0
+        ].float()
         there = target.any(-1)
         for name, states in passes.items():
             for layer in range(len(states) - 1):
                 share = (visual_attention(model, states, batch, layer)[0] * target).sum(-1)
-                rows.append(pd.DataFrame({"pass": name, "layer": layer, "share": share[there].cpu(), "even": target.mean(-1)[there].cpu()}))
+                rows.append(
+                    pd.DataFrame(
+                        {
+                            "pass": name,
+                            "layer": layer,
+                            "share": share[there].cpu(),
+                            "even": target.mean(-1)[there].cpu(),
+                        }
+                    )
+                )
     table = pd.concat(rows).groupby(["pass", "layer"], sort=False)
     return table.mean().assign(n=table.size()).reset_index()

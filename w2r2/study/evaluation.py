@@ -17,24 +17,24 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from ..metrics.accuracy import unique_multiple
-from ..scans.annotations import LabelTable
-from ..model.checkpoint import load
-from .diagnose import PASSES, displacements
-from ..model.features import TASKS, Features, Queries
-from ..scans.files import atomic_write
-from ..metrics.floors import class_boxes, language_prior, largest_object, question_prior, random_box, random_proposal
-from .latent import latent_geometry, token_states
+from ..method.trainer import check_one_thread
 from ..metrics import measures
+from ..metrics.accuracy import unique_multiple
+from ..metrics.floors import class_boxes, language_prior, largest_object, question_prior, random_box, random_proposal
+from ..metrics.statistics import Measure
+from ..model.checkpoint import load
+from ..model.features import TASKS, Features, Queries
 from ..model.fused import FusedVLM
 from ..model.packing import Packer
-from .predict import Predictions, answer
-from ..scans.prepared import Prepared
-from ..tasks.proposals import fuse, propose, refine
 from ..model.scenes import ask_all, scene_of
-from ..metrics.statistics import Measure
+from ..scans.annotations import LabelTable
+from ..scans.files import atomic_write
+from ..scans.prepared import Prepared
+from .diagnose import PASSES, displacements
+from .latent import latent_geometry, token_states
+from .predict import Predictions, answer
+from ..tasks.proposals import fuse, propose, refine
 from ..tasks.samples import read_scanqa, read_scanrefer
-from ..method.trainer import check_one_thread
 
 # %% ../../nbs/study/07_evaluation.ipynb #649d93db
 def sample(
@@ -52,15 +52,17 @@ def sample(
 @dataclass(frozen=True)
 class Truth:
     "The records of a split that the sampled queries are about."
+
     queries: Queries
-    rows: np.ndarray                  # (n,) sampled queries
-    described: dict[str, dict]        # id of a description -> ScanRefer record with bbox, unique_multiple, others
-    objects: dict[str, list[dict]]    # id of an object -> all its ScanRefer records
-    questions: dict[str, dict]        # id of a question -> ScanQA record
+    rows: np.ndarray  # (n,) sampled queries
+    described: dict[str, dict]  # id of a description -> ScanRefer record with bbox, unique_multiple, others
+    objects: dict[str, list[dict]]  # id of an object -> all its ScanRefer records
+    questions: dict[str, dict]  # id of a question -> ScanQA record
 
     @classmethod
-    def read(cls,
-        root: str | Path,       # of the ScanNet release
+    def read(
+        cls,
+        root: str | Path,  # of the ScanNet release
         split: str,
         features: Features,
         queries: Queries,
@@ -76,37 +78,49 @@ class Truth:
             place = f"{record['scene_id']}|{record['object_id']}|"
             described[place + record["ann_id"]] = record | flag
             objects.setdefault(place + record["object_name"], []).append(record)
-        for row in np.flatnonzero(queries.task == 0): described[queries.ids[row]]["bbox"] = queries.boxes[row].tolist()
+        for row in np.flatnonzero(queries.task == 0):
+            described[queries.ids[row]]["bbox"] = queries.boxes[row].tolist()
         return cls(queries, rows, described, objects, {record["question_id"]: record for record in asked})
 
-    def ids(self, task: int) -> list[str]: return [self.queries.ids[row] for row in self.rows if self.queries.task[row] == task]
+    def ids(self, task: int) -> list[str]:
+        return [self.queries.ids[row] for row in self.rows if self.queries.task[row] == task]
 
 # %% ../../nbs/study/07_evaluation.ipynb #8b756c77
 def _propose(prepared: Prepared, row: int) -> list[list[float]]:
-    parts = (np.array(getattr(prepared, name)[row]) for name in ("depth", "color", "poses", "intrinsic_depth", "intrinsic_color"))
+    parts = (
+        np.array(getattr(prepared, name)[row])
+        for name in ("depth", "color", "poses", "intrinsic_depth", "intrinsic_color")
+    )
     return np.round(propose(*fuse(*parts)), 4).tolist()
 
 
 def propose_all(
     prepared: Prepared,
-    path: str | Path,    # .json to write
+    path: str | Path,  # .json to write
     workers: int = 1,
 ) -> dict[str, np.ndarray]:
     "Proposals of every scene of a split."
     boxes = Parallel(workers)(delayed(_propose)(prepared, row) for row in range(len(prepared.scenes)))
-    with atomic_write(path) as file: file.write(json.dumps(dict(zip(prepared.scenes, boxes))).encode())
+    with atomic_write(path) as file:
+        file.write(json.dumps(dict(zip(prepared.scenes, boxes))).encode())
     return read_proposals(path)
 
 
 def read_proposals(path: str | Path) -> dict[str, np.ndarray]:
     "What `propose_all` wrote: scene id to (P, 6) boxes [m]."
-    return {scene: np.reshape(boxes, (-1, 6)) for scene, boxes in json.loads(Path(path).read_text(encoding="utf-8")).items()}
+    return {
+        scene: np.reshape(boxes, (-1, 6)) for scene, boxes in json.loads(Path(path).read_text(encoding="utf-8")).items()
+    }
 
 # %% ../../nbs/study/07_evaluation.ipynb #fb184768
 def answer_figures(predictions: list[dict], records: list[dict]) -> list[tuple[str, str, str, Measure]]:
     "Exact match, which for a single answer is ScanQA's EM@1, and CIDEr."
     names = {"EM": "EM@1", "CIDEr": "CIDEr"}
-    return [("scanqa", "video3dllm", "no", replace(m, name=names[m.name])) for m in measures("scanqa", predictions, records, "video3dllm") if m.name in names]
+    return [
+        ("scanqa", "video3dllm", "no", replace(m, name=names[m.name]))
+        for m in measures("scanqa", predictions, records, "video3dllm")
+        if m.name in names
+    ]
 
 
 def score(
@@ -119,18 +133,33 @@ def score(
     answered = {int(number): place for place, number in enumerate(predictions.numbers)}
     part = [[row for row in truth.rows if queries.task[row] == task] for task in range(len(TASKS))]
     place = [np.array([answered[row] for row in rows], int) for rows in part]
-    def measure(name, right, task): return Measure(name, np.asarray(right, float), np.array([scene(row) for row in part[task]]), share=True)
-    def scene(row): return scenes[queries.scene[row]]
+
+    def measure(name, right, task):
+        return Measure(name, np.asarray(right, float), np.array([scene(row) for row in part[task]]), share=True)
+
+    def scene(row):
+        return scenes[queries.scene[row]]
+
     scenes = {int(queries.scene[row]): queries.ids[row].split("|")[0] for rows in part[:2] for row in rows}
 
     if part[0]:
         records, boxes = [truth.described[queries.ids[row]] for row in part[0]], predictions.boxes[place[0]]
-        def grounded(boxes): return [{key: record[key] for key in ("scene_id", "object_id", "ann_id")} | {"bbox": box.tolist() if np.isfinite(box).all() else None} for record, box in zip(records, boxes)]
-        def accuracies(boxes): return [m for m in measures("scanrefer", grounded(boxes), records, "scanrefer") if "others" not in m.name]
+
+        def grounded(boxes):
+            return [
+                {key: record[key] for key in ("scene_id", "object_id", "ann_id")}
+                | {"bbox": box.tolist() if np.isfinite(box).all() else None}
+                for record, box in zip(records, boxes)
+            ]
+
+        def accuracies(boxes):
+            return [m for m in measures("scanrefer", grounded(boxes), records, "scanrefer") if "others" not in m.name]
+
         found += [("scanrefer", "scanrefer", "no", m) for m in accuracies(boxes)]
         if proposals is not None:
             names, refined = np.array([record["scene_id"] for record in records]), boxes.copy()
-            for name in np.unique(names): refined[names == name] = refine(boxes[names == name], proposals[name])
+            for name in np.unique(names):
+                refined[names == name] = refine(boxes[names == name], proposals[name])
             found += [("scanrefer", "scanrefer", "yes", m) for m in accuracies(refined)]
         seen = queries.view[part[0]] >= 0
         view = measure("view accuracy", predictions.views[place[0]] == queries.view[part[0]], 0)
@@ -138,55 +167,90 @@ def score(
         found.append(("scanrefer", "w2r2", "no", measure("malformed", ~predictions.own[place[0]], 0)))
     if part[1]:
         # Scan2Cap's captions are tokens with blanks between them, its references too
-        said = {queries.ids[row]: {"caption": re.sub(r"([^\w\s])", r" \1 ", predictions.texts[at]), "iou": 1.0} for row, at in zip(part[1], place[1])}
+        said = {
+            queries.ids[row]: {"caption": re.sub(r"([^\w\s])", r" \1 ", predictions.texts[at]), "iou": 1.0}
+            for row, at in zip(part[1], place[1])
+        }
         records = [record for row in part[1] for record in truth.objects[queries.ids[row]]]
-        found += [("scan2cap", "scan2cap", "no", replace(m, name=f"{m.name}@0.5")) for m in measures("scan2cap", said, records, "scan2cap")]
-        named = [queries.ids[row].split("|")[2].replace("_", " ") in predictions.texts[at] for row, at in zip(part[1], place[1])]
+        found += [
+            ("scan2cap", "scan2cap", "no", replace(m, name=f"{m.name}@0.5"))
+            for m in measures("scan2cap", said, records, "scan2cap")
+        ]
+        named = [
+            queries.ids[row].split("|")[2].replace("_", " ") in predictions.texts[at]
+            for row, at in zip(part[1], place[1])
+        ]
         found.append(("scan2cap", "w2r2", "no", measure("class named", named, 1)))
     if part[2]:
         records = [truth.questions[queries.ids[row]] for row in part[2]]
-        replies = [{"question_id": record["question_id"], "answer": predictions.texts[at]} for record, at in zip(records, place[2])]
+        replies = [
+            {"question_id": record["question_id"], "answer": predictions.texts[at]}
+            for record, at in zip(records, place[2])
+        ]
         found += answer_figures(replies, records)
     return found
 
 # %% ../../nbs/study/07_evaluation.ipynb #1b724f3b
 def summary(
     measure: Measure,
-) -> dict:   # n, value; where records add up also scenes, sum, count
+) -> dict:  # n, value; where records add up also scenes, sum, count
     "A figure for a file."
     kept = {"n": measure.n, "value": measure.figure / measure.scale}
-    if measure.values.ndim > 1: return kept
+    if measure.values.ndim > 1:
+        return kept
     scenes, at = np.unique(measure.groups, return_inverse=True)
-    return kept | {"scenes": scenes.tolist(), "sum": np.bincount(at, measure.values).tolist(), "count": np.bincount(at).tolist()}
+    return kept | {
+        "scenes": scenes.tolist(),
+        "sum": np.bincount(at, measure.values).tolist(),
+        "count": np.bincount(at).tolist(),
+    }
 
 # %% ../../nbs/study/07_evaluation.ipynb #6611fd12
 def slope_summary(
     moved: pd.DataFrame,  # from `w2r2.study.diagnose.displacements`
-    scenes: list[str],    # scene ids by row
-) -> dict:                # as `summary`: n, value, scenes, sum, count
+    scenes: list[str],  # scene ids by row
+) -> dict:  # as `summary`: n, value, scenes, sum, count
     "The following slope, sum of shift times displacement over sum of squared shifts, by scene."
-    products = pd.DataFrame({"scene": moved["scene"], "sum": moved["shift"] * moved["displacement"], "count": moved["shift"] ** 2}).groupby("scene").sum()
-    return {"n": len(products), "value": products["sum"].sum() / products["count"].sum(), "scenes": [scenes[row] for row in products.index],
-            "sum": products["sum"].tolist(), "count": products["count"].tolist()}
+    products = (
+        pd.DataFrame(
+            {"scene": moved["scene"], "sum": moved["shift"] * moved["displacement"], "count": moved["shift"] ** 2}
+        )
+        .groupby("scene")
+        .sum()
+    )
+    return {
+        "n": len(products),
+        "value": products["sum"].sum() / products["count"].sum(),
+        "scenes": [scenes[row] for row in products.index],
+        "sum": products["sum"].tolist(),
+        "count": products["count"].tolist(),
+    }
 
 
 def latent_figures(
     model: FusedVLM,
-    scenes: list[dict],   # as from `w2r2.model.scenes.scene_of`, without queries
+    scenes: list[dict],  # as from `w2r2.model.scenes.scene_of`, without queries
     packer: Packer,
-) -> list[dict]:          # metric, n, value
+) -> list[dict]:  # metric, n, value
     "Linear CKA, centroid distance and neighbourhood mixing of fused tokens with 2D and with 3D tokens, after the last layer."
     seen = token_states(model, (packer([scene]) for scene in scenes))
-    last = latent_geometry(replace(seen, layers=seen.layers[-1:], states={name: states[-1:] for name, states in seen.states.items()}), tokens=1000).set_index("pair")
+    last = latent_geometry(
+        replace(seen, layers=seen.layers[-1:], states={name: states[-1:] for name, states in seen.states.items()}),
+        tokens=1000,
+    ).set_index("pair")
     short = {"linear CKA": "CKA", "centroid distance": "centroid", "neighbourhood mixing": "mixing"}
-    return [{"metric": f"{short[measure]} {side}", "n": len(scenes), "value": last.loc[f"fused - {side}", measure]} for measure in short for side in ("2D", "3D")]
+    return [
+        {"metric": f"{short[measure]} {side}", "n": len(scenes), "value": last.loc[f"fused - {side}", measure]}
+        for measure in short
+        for side in ("2D", "3D")
+    ]
 
 
 def evaluate(
-    settings: dict,   # "model", "features", "proposals", "root": folders; "noise"; "per_task": split or "other" -> see `sample`; "slope_scenes"; "splits": split -> names of `w2r2.study.diagnose.PASSES`, "slope", "latent"
-    folder: Path,     # the answers go to folder / "SPLIT_PASS.npz", displacements to "SPLIT_slope.csv"
-    tell: Callable[[int], None],   # is told the number of passes done
-) -> list[dict]:      # see `summary`, with split, task, metric, protocol, proposals, pass
+    settings: dict,  # "model", "features", "proposals", "root": folders; "noise"; "per_task": split or "other" -> see `sample`; "slope_scenes"; "splits": split -> names of `w2r2.study.diagnose.PASSES`, "slope", "latent"
+    folder: Path,  # the answers go to folder / "SPLIT_PASS.npz", displacements to "SPLIT_slope.csv"
+    tell: Callable[[int], None],  # is told the number of passes done
+) -> list[dict]:  # see `summary`, with split, task, metric, protocol, proposals, pass
     "Score a fine-tuned model."
     check_one_thread()
     model, tokenizer, packer = load(settings["model"])
@@ -194,22 +258,53 @@ def evaluate(
     for split, passes in settings["splits"].items():
         data = Path(settings["features"], split)
         features, queries = Features.open(data, settings["noise"]), Queries.open(data)
-        truth = Truth.read(settings["root"], split, features, queries, settings["per_task"].get(split, settings["per_task"].get("other")))
-        proposals, scenes = read_proposals(Path(settings["proposals"], f"{split}.json")), ask_all(features, queries, truth.rows)
+        truth = Truth.read(
+            settings["root"],
+            split,
+            features,
+            queries,
+            settings["per_task"].get(split, settings["per_task"].get("other")),
+        )
+        proposals, scenes = (
+            read_proposals(Path(settings["proposals"], f"{split}.json")),
+            ask_all(features, queries, truth.rows),
+        )
         for name in passes:
             diagnosis = {"split": split, "task": "diagnosis", "protocol": "w2r2", "proposals": "no", "pass": "fused"}
             if name == "slope":
-                moved = displacements(model, [scene for scene in scenes if scene["index"] < settings["slope_scenes"]], packer, tokenizer)
+                moved = displacements(
+                    model, [scene for scene in scenes if scene["index"] < settings["slope_scenes"]], packer, tokenizer
+                )
                 moved.to_csv(folder / f"{split}_slope.csv", index=False, float_format="%.4f")
                 found.append(diagnosis | {"metric": "following slope"} | slope_summary(moved, features.scenes))
             elif name == "latent":
-                first = [scene_of(features, queries, row, []) for row in range(min(settings["slope_scenes"], len(features.scenes)))]
+                first = [
+                    scene_of(features, queries, row, [])
+                    for row in range(min(settings["slope_scenes"], len(features.scenes)))
+                ]
                 found += [diagnosis | figure for figure in latent_figures(model, first, packer)]
             else:
                 answers = answer(model, scenes, packer, tokenizer, PASSES[name])
-                np.savez_compressed(folder / f"{split}_{name}.npz", numbers=answers.numbers, tasks=answers.tasks, texts=np.array(answers.texts), views=answers.views, boxes=answers.boxes)
-                found += [{"split": split, "task": task, "metric": m.name, "protocol": protocol, "proposals": refined, "pass": name} | summary(m)
-                          for task, protocol, refined, m in score(truth, answers, proposals)]
+                np.savez_compressed(
+                    folder / f"{split}_{name}.npz",
+                    numbers=answers.numbers,
+                    tasks=answers.tasks,
+                    texts=np.array(answers.texts),
+                    views=answers.views,
+                    boxes=answers.boxes,
+                )
+                found += [
+                    {
+                        "split": split,
+                        "task": task,
+                        "metric": m.name,
+                        "protocol": protocol,
+                        "proposals": refined,
+                        "pass": name,
+                    }
+                    | summary(m)
+                    for task, protocol, refined, m in score(truth, answers, proposals)
+                ]
             done += 1
             tell(done)
     return found
@@ -217,35 +312,79 @@ def evaluate(
 # %% ../../nbs/study/07_evaluation.ipynb #d8c14c94
 def chance(
     truth: Truth,
-    train: list[dict],   # ScanRefer records of the training split, with bbox
-    asked: list[dict],   # ScanQA records of the training split
-    proposals: dict,     # scene -> (P, 6) boxes
-) -> dict[str, list[tuple[str, str, str, Measure]]]:   # name of the floor -> as from `score`
+    train: list[dict],  # ScanRefer records of the training split, with bbox
+    asked: list[dict],  # ScanQA records of the training split
+    proposals: dict,  # scene -> (P, 6) boxes
+) -> dict[str, list[tuple[str, str, str, Measure]]]:  # name of the floor -> as from `score`
     "Scores of answers that do not depend on what the scene looks like; nothing for a task that the sample does not have."
     prior, records = class_boxes(train), [truth.described[name] for name in truth.ids(0)]
-    boxes = {"random box": random_box(records, prior, proposals), "mean box of the class": language_prior(records, prior),
-             "random proposal": random_proposal(records, proposals), "largest proposal": largest_object(records, proposals)}
-    found = {name: [("scanrefer", "scanrefer", "no", m) for m in measures("scanrefer", given, records, "scanrefer") if "others" not in m.name] for name, given in boxes.items() if records}
+    boxes = {
+        "random box": random_box(records, prior, proposals),
+        "mean box of the class": language_prior(records, prior),
+        "random proposal": random_proposal(records, proposals),
+        "largest proposal": largest_object(records, proposals),
+    }
+    found = {
+        name: [
+            ("scanrefer", "scanrefer", "no", m)
+            for m in measures("scanrefer", given, records, "scanrefer")
+            if "others" not in m.name
+        ]
+        for name, given in boxes.items()
+        if records
+    }
     questions = [truth.questions[name] for name in truth.ids(2)]
-    if not questions: return found
-    answers = [{"question_id": row["question_id"], "answer": row["answer_top10"][0]} for row in question_prior(questions, asked)]
+    if not questions:
+        return found
+    answers = [
+        {"question_id": row["question_id"], "answer": row["answer_top10"][0]}
+        for row in question_prior(questions, asked)
+    ]
     return found | {"answer to the first words": answer_figures(answers, questions)}
 
 # %% ../../nbs/study/07_evaluation.ipynb #d66e29f2
 def floor_rows(
-    root: str | Path,       # of the ScanNet release
-    features: str | Path,   # folder of the features of all splits
+    root: str | Path,  # of the ScanNet release
+    features: str | Path,  # folder of the features of all splits
     proposals: str | Path,  # folder of the proposals of all splits
-    dials: dict,            # `splits` and `per_task`, see `evaluate`
-    noises: list[float],    # chance does not look at the geometry: the same rows for each
-) -> pd.DataFrame:          # arm (name of the floor), seed, noise, split, task, metric, protocol, proposals, pass ("floor"), n, value
+    dials: dict,  # `splits` and `per_task`, see `evaluate`
+    noises: list[float],  # chance does not look at the geometry: the same rows for each
+) -> (
+    pd.DataFrame
+):  # arm (name of the floor), seed, noise, split, task, metric, protocol, proposals, pass ("floor"), n, value
     "The floors of every split, in the shape of the results."
     known, rows = Path(features, "train"), []
-    train = Truth.read(root, "train", Features.open(known), Queries.open(known), (10 ** 6,) * 3)
+    train = Truth.read(root, "train", Features.open(known), Queries.open(known), (10**6,) * 3)
     for split in dials["splits"]:
         data = Path(features, split)
-        truth = Truth.read(root, split, Features.open(data), Queries.open(data), dials["per_task"].get(split, dials["per_task"].get("other")))
-        for name, figures in chance(truth, list(train.described.values()), list(train.questions.values()), read_proposals(Path(proposals, f"{split}.json"))).items():
-            rows += [{"arm": name, "seed": 0, "noise": noise, "split": split, "task": task, "metric": m.name, "protocol": protocol, "proposals": refined, "pass": "floor",
-                      "n": m.n, "value": m.figure / m.scale} for task, protocol, refined, m in figures for noise in noises]
+        truth = Truth.read(
+            root,
+            split,
+            Features.open(data),
+            Queries.open(data),
+            dials["per_task"].get(split, dials["per_task"].get("other")),
+        )
+        for name, figures in chance(
+            truth,
+            list(train.described.values()),
+            list(train.questions.values()),
+            read_proposals(Path(proposals, f"{split}.json")),
+        ).items():
+            rows += [
+                {
+                    "arm": name,
+                    "seed": 0,
+                    "noise": noise,
+                    "split": split,
+                    "task": task,
+                    "metric": m.name,
+                    "protocol": protocol,
+                    "proposals": refined,
+                    "pass": "floor",
+                    "n": m.n,
+                    "value": m.figure / m.scale,
+                }
+                for task, protocol, refined, m in figures
+                for noise in noises
+            ]
     return pd.DataFrame(rows)

@@ -13,38 +13,50 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from ..method.trainer import W2R2Config, W2R2Trainer, check_one_thread, last_checkpoint
 from ..model.checkpoint import load, save
 from ..model.features import Features, Queries
 from ..model.fusion import Fusion
 from ..model.scenes import Collator, Scenes
-from ..method.trainer import W2R2Config, W2R2Trainer, check_one_thread, last_checkpoint
 
 # %% ../../nbs/study/06_finetuning.ipynb #c6314a44
 class Progress(TrainerCallback):
     "Passes on the number of steps done."
-    def __init__(self, tell: Callable[[int], None]): self.tell = tell
-    def on_step_end(self, args, state, control, **kwargs): self.tell(state.global_step)
+
+    def __init__(self, tell: Callable[[int], None]):
+        self.tell = tell
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.tell(state.global_step)
 
 
 def finetune(
-    settings: dict,                # "run": of `w2r2.study.experiments.Run`; "backbone", "features": folders
-    folder: Path,                  # the model goes to folder / "model"
-    tell: Callable[[int], None],   # is told the number of steps done
-) -> list[dict]:                   # the training log: terms of the loss by name
+    settings: dict,  # "run": of `w2r2.study.experiments.Run`; "backbone", "features": folders
+    folder: Path,  # the model goes to folder / "model"
+    tell: Callable[[int], None],  # is told the number of steps done
+) -> list[dict]:  # the training log: terms of the loss by name
     "Fine-tune the backbone on the training scenes; raises `TypeError` for a setting that `W2R2Config` does not have."
     run = {name: value for name, value in settings["run"].items() if name != "inputs"}
     noise, steps, per_task = run.pop("noise"), run.pop("steps"), run.pop("per_task")
     check_one_thread()
     model, tokenizer, packer = load(settings["backbone"])
     for name in ("fusion", "zero"):
-        if name in run: setattr(model.config, name, run.pop(name))
+        if name in run:
+            setattr(model.config, name, run.pop(name))
     torch.manual_seed(run["seed"])
-    model.fusion = Fusion(model.config.text_config.hidden_size, model.config.encoder3d_dim, model.config.coordinates, model.config.fusion, model.config.zero)
+    model.fusion = Fusion(
+        model.config.text_config.hidden_size,
+        model.config.encoder3d_dim,
+        model.config.coordinates,
+        model.config.fusion,
+        model.config.zero,
+    )
     train = Path(settings["features"], "train")
     scenes = Scenes(Features.open(train, noise), Queries.open(train), per_task, run["seed"])
     args = W2R2Config(str(folder), max_steps=steps, save_total_limit=1, **run)
     trainer = W2R2Trainer(model, args, scenes, Collator(packer), callbacks=[Progress(tell)])
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     save(model, tokenizer, packer.bins, Path(folder, "model"))
-    for checkpoint in Path(folder).glob("checkpoint-*"): shutil.rmtree(checkpoint)
-    return [row for row in trainer.state.log_history if "train_runtime" not in row]   # the last entry is about the clock
+    for checkpoint in Path(folder).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return [row for row in trainer.state.log_history if "train_runtime" not in row]  # the last entry is about the clock

@@ -25,19 +25,24 @@ from ..scans.files import atomic_write
 @dataclass(frozen=True)
 class Job:
     "One piece of work for a worker process, with a folder of its own."
-    name: str        # how people call it
-    work: str        # "module:function", called as function(settings, folder, tell); what it returns must fit into JSON
-    settings: dict   # of the function; JSON
-    folder: Path     # for its files, `log.txt`, and at last `result.json`
-    steps: int = 1   # how far `tell(steps done)` counts
+
+    name: str  # how people call it
+    work: str  # "module:function", called as function(settings, folder, tell); what it returns must fit into JSON
+    settings: dict  # of the function; JSON
+    folder: Path  # for its files, `log.txt`, and at last `result.json`
+    steps: int = 1  # how far `tell(steps done)` counts
 
     @property
-    def finished(self) -> bool: return self._result is not None and self._result["settings"] == self.settings
+    def finished(self) -> bool:
+        return self._result is not None and self._result["settings"] == self.settings
 
     @property
     def result(self):
         "What the function returned; raises `FileNotFoundError` for a job that is not finished."
-        if not self.finished: raise FileNotFoundError(f"{self.folder}: {self.name} is not finished; run it again, it goes on where it stopped")
+        if not self.finished:
+            raise FileNotFoundError(
+                f"{self.folder}: {self.name} is not finished; run it again, it goes on where it stopped"
+            )
         return self._result["result"]
 
     @property
@@ -47,9 +52,17 @@ class Job:
 
 # %% ../../nbs/study/05_jobs.ipynb #f85d0ffd
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-    "MALLOC_MMAP_THRESHOLD_": str(2 ** 32), "MALLOC_TRIM_THRESHOLD_": str(2 ** 34), "MALLOC_TOP_PAD_": str(2 ** 28), "MALLOC_ARENA_MAX": "1",
-    "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",   # models come from folders
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**28),
+    "MALLOC_ARENA_MAX": "1",
+    "PYTHONHASHSEED": "0",
+    "PYTHONUNBUFFERED": "1",
+    "HF_HUB_OFFLINE": "1",  # models come from folders
 }
 
 # %% ../../nbs/study/05_jobs.ipynb #5d25569c
@@ -60,15 +73,19 @@ def serve():
         job = json.loads(line)
         folder = Path(job["folder"])
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
-            for descriptor in (1, 2): os.dup2(log.fileno(), descriptor)
+            for descriptor in (1, 2):
+                os.dup2(log.fileno(), descriptor)
         try:
             module, function = job["work"].split(":")
             work = getattr(importlib.import_module(module), function)
             result = work(job["settings"], folder, lambda steps: print(json.dumps({"steps": steps}), file=answers))
             with atomic_write(folder / "result.json") as file:
-                file.write(json.dumps({"settings": job["settings"], "result": result}, allow_nan=False, indent=1).encode())
+                file.write(
+                    json.dumps({"settings": job["settings"], "result": result}, allow_nan=False, indent=1).encode()
+                )
             answer = {"done": True}
-        except BrokenPipeError: raise
+        except BrokenPipeError:
+            raise
         except Exception:
             traceback.print_exc()
             answer = {"done": False}
@@ -78,26 +95,39 @@ def serve():
 
 # %% ../../nbs/study/05_jobs.ipynb #e083ed56
 def _start() -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", "from w2r2.study.jobs import serve; serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            text=True, env=os.environ | ENVIRONMENT)
+    return subprocess.Popen(
+        [sys.executable, "-c", "from w2r2.study.jobs import serve; serve()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | ENVIRONMENT,
+    )
 
 
 def _carry_out(process: subprocess.Popen, job: Job, tell: Callable) -> str | None:
     "None, or why the job failed."
-    try: print(json.dumps({"work": job.work, "settings": job.settings, "folder": str(job.folder)}), file=process.stdin, flush=True)
-    except BrokenPipeError: return f"its process ended with exit code {process.wait()}"
+    try:
+        print(
+            json.dumps({"work": job.work, "settings": job.settings, "folder": str(job.folder)}),
+            file=process.stdin,
+            flush=True,
+        )
+    except BrokenPipeError:
+        return f"its process ended with exit code {process.wait()}"
     for line in process.stdout:
         answer = json.loads(line)
-        if "steps" in answer: tell(answer["steps"])
-        else: return None if answer["done"] else "raised an exception"
+        if "steps" in answer:
+            tell(answer["steps"])
+        else:
+            return None if answer["done"] else "raised an exception"
     return f"its process ended with exit code {process.wait()}"
 
 
 def execute(
-    jobs: list[Job],     # finished ones are skipped; of several for the same folder the first is done
-    workers: int = 1,    # processes, one thread each
-    title: str = "",     # of the progress bar
-) -> int:                # how many jobs were done now
+    jobs: list[Job],  # finished ones are skipped; of several for the same folder the first is done
+    workers: int = 1,  # processes, one thread each
+    title: str = "",  # of the progress bar
+) -> int:  # how many jobs were done now
     "Do jobs in parallel, with one progress bar on standard error if it takes longer than five seconds. After all others are done, raises `RuntimeError` naming those that failed, each with the end of its log."
     todo = list({job.folder: job for job in reversed(jobs) if not job.finished}.values())[::-1]
     waiting, failed, lock, stopped = iter(todo), [], threading.Lock(), threading.Event()
@@ -106,25 +136,34 @@ def execute(
 
     def drive(number: int):
         while not stopped.is_set():
-            with lock: job = next(waiting, None)
-            if job is None: return
+            with lock:
+                job = next(waiting, None)
+            if job is None:
+                return
             job.folder.mkdir(parents=True, exist_ok=True)
             (job.folder / "log.txt").touch()
             known = 0
+
             def tell(steps):
                 nonlocal known
-                with lock: bar.update(steps - known)
+                with lock:
+                    bar.update(steps - known)
                 known = steps
+
             process = processes[number]
-            if process is None or process.poll() is not None: process = processes[number] = _start()
+            if process is None or process.poll() is not None:
+                process = processes[number] = _start()
             problem = _carry_out(process, job, tell)
             tell(job.steps)
-            if problem: failed.append((job, problem))
+            if problem:
+                failed.append((job, problem))
 
     threads = [threading.Thread(target=drive, args=(number,), daemon=True) for number in range(len(processes))]
     try:
-        for thread in threads: thread.start()
-        for thread in threads: thread.join()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     finally:
         stopped.set()
         bar.close()
@@ -132,7 +171,12 @@ def execute(
             process.kill()
             process.communicate()
     if failed:
-        def tail(job): return "\n".join((job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"{len(failed)} of {len(todo)} jobs failed; the others are finished.\n"
-                           + "\n".join(f"{job.name} ({job.folder}): {why}\n{tail(job)}" for job, why in failed))
+
+        def tail(job):
+            return "\n".join((job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+
+        raise RuntimeError(
+            f"{len(failed)} of {len(todo)} jobs failed; the others are finished.\n"
+            + "\n".join(f"{job.name} ({job.folder}): {why}\n{tail(job)}" for job, why in failed)
+        )
     return len(todo)

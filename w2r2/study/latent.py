@@ -9,22 +9,29 @@ __all__ = ['FEATURES', 'PAIRS', 'TokenStates', 'token_states', 'linear_cka', 'ce
 # %% ../../nbs/study/02_latent.ipynb #56245fe7
 from collections.abc import Iterable
 from dataclasses import dataclass
+
 import matplotlib.pyplot as plt
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
+
 from ..model.fused import FusedVLM
 from ..model.packing import PREFIX
 
 # %% ../../nbs/study/02_latent.ipynb #1b8bf9ee
-FEATURES = {"2D": (True, False), "3D": (False, True), "fused": (True, True)}    # with F2D, with F3D
+FEATURES = {"2D": (True, False), "3D": (False, True), "fused": (True, True)}  # with F2D, with F3D
+
 
 @dataclass(frozen=True)
 class TokenStates:
     "States of visual tokens in the three passes; row i is the same patch in all of them."
-    layers: list[str]                # "Phi", then the decoder layers "1", "2", ...; the last one after the final norm
+
+    layers: list[str]  # "Phi", then the decoder layers "1", "2", ...; the last one after the final norm
     states: dict[str, torch.Tensor]  # by name in FEATURES, (layers, n, hidden) float32
-    scene: torch.Tensor              # (n,) number of the scene, counted over all batches
+    scene: torch.Tensor  # (n,) number of the scene, counted over all batches
+
 
 @torch.no_grad()
 def token_states(
@@ -37,17 +44,25 @@ def token_states(
         batch = {name: value.to(model.device) for name, value in batch.items()}
         length = int((batch["segment"] == PREFIX).sum(1).max())
         prefix = {name: batch[name] for name in ("visual_index", "f2d", "geometry")} | {
-            "input_ids": batch["input_ids"][:, :length], "segment": batch["segment"][:, :length],
-            "position_ids": batch["position_ids"][..., :length], "attention_mask": batch["attention_mask"][..., :length, :length]}
+            "input_ids": batch["input_ids"][:, :length],
+            "segment": batch["segment"][:, :length],
+            "position_ids": batch["position_ids"][..., :length],
+            "attention_mask": batch["attention_mask"][..., :length, :length],
+        }
         visual = prefix["input_ids"] == model.config.vlm_config.image_token_id
         for name, (with2d, with3d) in FEATURES.items():
             given = {**prefix, "f2d": prefix["f2d"] * with2d}
             phi = model.visual_tokens(given["f2d"], given["geometry"], given["visual_index"], shortcut=not with3d)
-            layers = model(**given, shortcut=not with3d, output_hidden_states=True, logits_to_keep=torch.zeros_like(visual)).hidden_states[1:]
-            parts[name].append(torch.stack([phi[prefix["visual_index"] >= 0], *[layer[visual] for layer in layers]]).float().cpu())
+            layers = model(
+                **given, shortcut=not with3d, output_hidden_states=True, logits_to_keep=torch.zeros_like(visual)
+            ).hidden_states[1:]
+            parts[name].append(
+                torch.stack([phi[prefix["visual_index"] >= 0], *[layer[visual] for layer in layers]]).float().cpu()
+            )
         scene.append(scenes + visual.nonzero()[:, 0].cpu())
         scenes += len(visual)
-    if not scenes: raise ValueError("no batches: there are no visual tokens to look at")
+    if not scenes:
+        raise ValueError("no batches: there are no visual tokens to look at")
     states = {name: torch.cat(chunks, 1) for name, chunks in parts.items()}
     return TokenStates(["Phi", *map(str, range(1, len(states["fused"])))], states, torch.cat(scene))
 
@@ -57,10 +72,12 @@ def linear_cka(
     b: torch.Tensor,  # (n, other hidden) of the same patches
 ) -> float:
     "Linear centred kernel alignment, 0 to 1 (Kornblith et al., 2019); raises ValueError for unequal lengths and for features that do not vary."
-    if len(a) != len(b): raise ValueError(f"{len(a)} and {len(b)} rows: CKA compares features of the same patches")
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} rows: CKA compares features of the same patches")
     a, b = (x.double() - x.double().mean(0) for x in (a, b))
     scale = (a.T @ a).norm() * (b.T @ b).norm()
-    if not scale > 0: raise ValueError("features that are the same for every patch have no CKA")
+    if not scale > 0:
+        raise ValueError("features that are the same for every patch have no CKA")
     return ((a.T @ b).square().sum() / scale).item()
 
 # %% ../../nbs/study/02_latent.ipynb #7fb0160e
@@ -77,32 +94,46 @@ def centroid_distance(
 def neighbourhood_mixing(
     a: torch.Tensor,  # (n, hidden)
     b: torch.Tensor,  # (n, hidden) of the same patches
-    k: int = 10,      # neighbours
+    k: int = 10,  # neighbours
 ) -> float:
     "Share of the k nearest neighbours that belong to the other cloud, over one half; raises ValueError for too few points."
-    if len(a) != len(b) or not 1 <= k <= 2 * len(a) - 2: raise ValueError(f"{len(a)} and {len(b)} points: needs as many of each, and more than {k} neighbours")
+    if len(a) != len(b) or not 1 <= k <= 2 * len(a) - 2:
+        raise ValueError(f"{len(a)} and {len(b)} points: needs as many of each, and more than {k} neighbours")
     both, n = torch.cat([a, b]).double(), len(a)
     distance = torch.cdist(both, both)
-    for offset in (-n, 0, n): distance.diagonal(offset).fill_(torch.inf)
+    for offset in (-n, 0, n):
+        distance.diagonal(offset).fill_(torch.inf)
     nearest = distance.topk(k, largest=False).indices
     return 2 * ((nearest >= n) != (torch.arange(2 * n) >= n)[:, None]).double().mean().item()
 
 # %% ../../nbs/study/02_latent.ipynb #01998b1a
 PAIRS = {"fused - 2D": ("fused", "2D"), "fused - 3D": ("fused", "3D"), "2D - 3D": ("2D", "3D")}
 
+
 def latent_geometry(
     seen: TokenStates,
-    k: int = 10,          # neighbours
-    tokens: int = 2000,   # drawn for the neighbourhoods, whose cost grows with the square; the rest takes all
+    k: int = 10,  # neighbours
+    tokens: int = 2000,  # drawn for the neighbourhoods, whose cost grows with the square; the rest takes all
     seed: int = 0,
-) -> pd.DataFrame:        # layer, pair, tokens, linear CKA, centroid distance, neighbourhood mixing
+) -> pd.DataFrame:  # layer, pair, tokens, linear CKA, centroid distance, neighbourhood mixing
     "One row per layer and pair of features."
     n = len(seen.scene)
     drawn = torch.as_tensor(np.random.default_rng(seed).permutation(n)[:tokens])
-    return pd.DataFrame([{
-        "layer": layer, "pair": pair, "tokens": n, "linear CKA": linear_cka(a, b), "centroid distance": centroid_distance(a, b),
-        "neighbourhood mixing": neighbourhood_mixing(a[drawn], b[drawn], k)}
-        for row, layer in enumerate(seen.layers) for pair, (first, second) in PAIRS.items() for a, b in [(seen.states[first][row], seen.states[second][row])]])
+    return pd.DataFrame(
+        [
+            {
+                "layer": layer,
+                "pair": pair,
+                "tokens": n,
+                "linear CKA": linear_cka(a, b),
+                "centroid distance": centroid_distance(a, b),
+                "neighbourhood mixing": neighbourhood_mixing(a[drawn], b[drawn], k),
+            }
+            for row, layer in enumerate(seen.layers)
+            for pair, (first, second) in PAIRS.items()
+            for a, b in [(seen.states[first][row], seen.states[second][row])]
+        ]
+    )
 
 # %% ../../nbs/study/02_latent.ipynb #a53fe8c9
 def latent_figure(
@@ -110,7 +141,9 @@ def latent_figure(
 ) -> Figure:
     "The three measures over the layers."
     figure, axes = plt.subplots(1, 3, figsize=(8, 2.4))
-    for axis, (measure, same) in zip(axes, {"linear CKA": 1, "centroid distance": 0, "neighbourhood mixing": 1}.items()):
+    for axis, (measure, same) in zip(
+        axes, {"linear CKA": 1, "centroid distance": 0, "neighbourhood mixing": 1}.items()
+    ):
         for (pair, rows), style in zip(table.groupby("pair", sort=False), ("o-", "s-", "^:")):
             axis.plot(rows["layer"], rows[measure], style, ms=4, label=pair)
         axis.axhline(same, color="0.5", lw=0.8, ls="--")
@@ -123,16 +156,24 @@ def latent_figure(
 # %% ../../nbs/study/02_latent.ipynb #fb1adf9c
 def tsne(
     seen: TokenStates,
-    layer: int = -1,          # row of `seen.layers`
-    tokens: int = 400,        # patches drawn, the same in all three passes
+    layer: int = -1,  # row of `seen.layers`
+    tokens: int = 400,  # patches drawn, the same in all three passes
     perplexity: float = 30,
     seed: int = 0,
-) -> pd.DataFrame:            # x, y, features, scene
+) -> pd.DataFrame:  # x, y, features, scene
     "Joint t-SNE of 2D, 3D and fused features (van der Maaten and Hinton, 2008, by scikit-learn)."
     drawn = np.sort(np.random.default_rng(seed).permutation(len(seen.scene))[:tokens])
     points = torch.cat([states[layer][drawn] for states in seen.states.values()]).numpy()
     x, y = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points).T
-    return pd.DataFrame({"x": x, "y": y, "features": np.repeat(list(seen.states), len(drawn)), "scene": np.tile(seen.scene[drawn].numpy(), len(seen.states))})
+    return pd.DataFrame(
+        {
+            "x": x,
+            "y": y,
+            "features": np.repeat(list(seen.states), len(drawn)),
+            "scene": np.tile(seen.scene[drawn].numpy(), len(seen.states)),
+        }
+    )
+
 
 def tsne_figure(
     points: pd.DataFrame,  # from `tsne`

@@ -9,46 +9,53 @@ __all__ = ['allowed', 'decode', 'read_boxes', 'Predictions', 'answer', 'look', '
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-import numpy as np, torch
+
+import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
+
 from ..model.checkpoint import companions
 from ..model.features import encode_views
 from ..model.fused import INPUTS, FusedVLM
 from ..model.packing import PADDING, Packer, extend
-from ..scans.prepared import prepare_scan
-from ..tasks.proposals import fuse, propose, refine
-from ..scans.scan import Scan
 from ..model.scenes import Collator
+from ..scans.prepared import prepare_scan
+from ..scans.scan import Scan
 from ..scans.views import best_views, projected_areas
+from ..tasks.proposals import fuse, propose, refine
 
 # %% ../../nbs/study/00_predict.ipynb #07244aef
 def allowed(
     packer: Packer,
     poses: torch.Tensor,  # (B, V, 4, 4), NaN where a scene has no such view
-    vocabulary: int,      # tokens that the model knows
-) -> torch.Tensor:        # (B, 7, vocabulary) bool
+    vocabulary: int,  # tokens that the model knows
+) -> torch.Tensor:  # (B, 7, vocabulary) bool
     "The tokens that may stand at each place of a box."
     slot = packer.slots(torch.arange(vocabulary, device=poses.device))
     legal = (slot == torch.arange(7, device=poses.device)[:, None]).repeat(len(poses), 1, 1)
     seen, count = poses.isfinite().all(-1).all(-1), packer.bins.views
-    legal[:, 0, packer.first_bin:packer.first_bin + count] = torch.nn.functional.pad(seen, (0, count - seen.shape[1]))
+    legal[:, 0, packer.first_bin : packer.first_bin + count] = torch.nn.functional.pad(seen, (0, count - seen.shape[1]))
     return legal
 
 # %% ../../nbs/study/00_predict.ipynb #8dd36b29
 @torch.no_grad()
 def decode(
     model: FusedVLM,
-    batch: dict[str, torch.Tensor],     # from `Packer`, prompts only
+    batch: dict[str, torch.Tensor],  # from `Packer`, prompts only
     packer: Packer,
-    held: torch.Tensor | None = None,   # (B, Q) bool, answers held to the format of a box; None: none
+    held: torch.Tensor | None = None,  # (B, Q) bool, answers held to the format of a box; None: none
     views: torch.Tensor | None = None,  # (B, Q) view that a held answer has to name, -1 = free; None: all free
-    longest: int = 48,                  # tokens in an answer
-    **options,                          # of the pass: `shortcut`, `blind`
-) -> tuple[torch.Tensor, torch.Tensor]: # (B, Q, L) token ids, -1 after the end of an answer, and (B, Q) bool `own`
+    longest: int = 48,  # tokens in an answer
+    **options,  # of the pass: `shortcut`, `blind`
+) -> tuple[torch.Tensor, torch.Tensor]:  # (B, Q, L) token ids, -1 after the end of an answer, and (B, Q) bool `own`
     "The most likely next token, again and again, for all queries at once."
     segment = batch["segment"]
-    last = (segment >= 0) & (segment != torch.nn.functional.pad(segment[:, 1:], (0, 1), value=PADDING))          # where prompts end, query by query
-    running = (segment[:, None] == torch.arange(int(segment.max()) + 1, device=segment.device)[:, None]).any(-1)  # (B, Q)
+    last = (segment >= 0) & (
+        segment != torch.nn.functional.pad(segment[:, 1:], (0, 1), value=PADDING)
+    )  # where prompts end, query by query
+    running = (segment[:, None] == torch.arange(int(segment.max()) + 1, device=segment.device)[:, None]).any(
+        -1
+    )  # (B, Q)
     output = model(**{name: batch[name] for name in INPUTS}, use_cache=True, logits_to_keep=last, **options)
     logits = output.logits.new_zeros(*running.shape, output.logits.shape[-1])
     logits[running] = output.logits
@@ -60,23 +67,33 @@ def decode(
             first = token
             token = torch.where(held, logits.masked_fill(~legal[:, None, step], -torch.inf).argmax(-1), first)
             own = own & (token == first)
-            if step == 0 and views is not None: token = torch.where(held & (views >= 0), packer.first_bin + views, token)
+            if step == 0 and views is not None:
+                token = torch.where(held & (views >= 0), packer.first_bin + views, token)
         running = running & (token != packer.closing[0])
         said.append(torch.where(running, token, -1))
-        if held is not None and step == 6: running = running & ~held
-        if not running.any(): break
+        if held is not None and step == 6:
+            running = running & ~held
+        if not running.any():
+            break
         batch = _without(extend(batch, said[-1].where(running, -1), packer.pad), ~running.any(0))
-        logits[:, running.any(0)] = model(**{name: batch[name] for name in INPUTS}, past_key_values=output.past_key_values).logits
+        logits[:, running.any(0)] = model(
+            **{name: batch[name] for name in INPUTS}, past_key_values=output.past_key_values
+        ).logits
     return torch.stack(said, -1), own
+
 
 def _without(batch: dict[str, torch.Tensor], ended: torch.Tensor) -> dict[str, torch.Tensor]:
     "The batch less those of the (Q,) new tokens that are padding in every scene: nobody sees them, and long answers need not carry short ones along."
     rows, every = ~ended, torch.nn.functional.pad(~ended, (batch["segment"].shape[1] - len(ended), 0), value=True)
-    return batch | {name: batch[name][..., every] for name in ("input_ids", "segment", "position_ids")} | {"attention_mask": batch["attention_mask"][:, :, rows][..., every]}
+    return (
+        batch
+        | {name: batch[name][..., every] for name in ("input_ids", "segment", "position_ids")}
+        | {"attention_mask": batch["attention_mask"][:, :, rows][..., every]}
+    )
 
 # %% ../../nbs/study/00_predict.ipynb #7fd205c6
 def read_boxes(
-    ids: torch.Tensor,    # (n, L) token ids of answers
+    ids: torch.Tensor,  # (n, L) token ids of answers
     poses: torch.Tensor,  # (n, V, 4, 4) camera-to-scan poses of the views of each, NaN where there is no such view
     packer: Packer,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (n, 6) boxes in the scan frame [m], and (n,) the views they are said in
@@ -92,36 +109,45 @@ def read_boxes(
 @dataclass(frozen=True)
 class Predictions:
     "The answers of a model, one row per query, in the order of the scenes and their queries."
+
     numbers: np.ndarray  # (n,) number of the query in its split
-    tasks: np.ndarray    # (n,) 0 ScanRefer, 1 Scan2Cap, 2 ScanQA
-    texts: list[str]     # what the model wrote
-    views: np.ndarray    # (n,) view that the box is said in, -1 where there is no box
-    boxes: np.ndarray    # (n, 6) in the scan frame [m], NaN where there is no box; only ScanRefer's answers are read as boxes
-    own: np.ndarray      # (n,) bool, False for an answer that is no box but should be, or would be none without being held to the format
+    tasks: np.ndarray  # (n,) 0 ScanRefer, 1 Scan2Cap, 2 ScanQA
+    texts: list[str]  # what the model wrote
+    views: np.ndarray  # (n,) view that the box is said in, -1 where there is no box
+    boxes: (
+        np.ndarray
+    )  # (n, 6) in the scan frame [m], NaN where there is no box; only ScanRefer's answers are read as boxes
+    own: (
+        np.ndarray
+    )  # (n,) bool, False for an answer that is no box but should be, or would be none without being held to the format
+
 
 _BLIND = {None: {}, "2d": {"blind": "2d"}, "3d": {"shortcut": True}, "both": {"blind": "2d", "shortcut": True}}
 
+
 def answer(
     model: FusedVLM,
-    scenes: Sequence[dict],             # of `w2r2.model.scenes`
+    scenes: Sequence[dict],  # of `w2r2.model.scenes`
     packer: Packer,
     tokenizer: PreTrainedTokenizerBase,
-    blind: str | None = None,           # what the model may not see: "2d", "3d" (the shortcut pass) or "both"
-    hold: bool = True,                  # hold ScanRefer's answers to the format of a box
-    views: np.ndarray | None = None,    # (n,) view that each held answer has to name, -1 = free
-    batch_size: int = 16,               # scenes
-    longest: int = 48,                  # tokens in an answer
+    blind: str | None = None,  # what the model may not see: "2d", "3d" (the shortcut pass) or "both"
+    hold: bool = True,  # hold ScanRefer's answers to the format of a box
+    views: np.ndarray | None = None,  # (n,) view that each held answer has to name, -1 = free
+    batch_size: int = 16,  # scenes
+    longest: int = 48,  # tokens in an answer
 ) -> Predictions:
     "What a model answers to all queries of the scenes, decoded greedily; answers that the scenes hold are not shown to it. Raises KeyError for an unknown `blind`."
     collate, texts, parts, done = Collator(packer), [], [], 0
     for first in range(0, len(scenes), batch_size):
         rows = [scenes[row] for row in range(first, min(first + batch_size, len(scenes)))]
-        batch = collate([scene | {"queries": [query | {"answer": None} for query in scene["queries"]]} for scene in rows])
+        batch = collate(
+            [scene | {"queries": [query | {"answer": None} for query in scene["queries"]]} for scene in rows]
+        )
         batch = {name: value.to(model.device) for name, value in batch.items()}
         tasks, real, named = batch["tasks"], batch["tasks"] >= 0, None
         if views is not None:
             named = torch.full_like(tasks, -1)
-            named[real] = torch.as_tensor(views[done:done + int(real.sum())]).to(named)
+            named[real] = torch.as_tensor(views[done : done + int(real.sum())]).to(named)
         ids, own = decode(model, batch, packer, tasks == 0 if hold else None, named, longest, **_BLIND[blind])
         ids, own, tasks = ids[real], own[real], tasks[real]
         boxes, seen = read_boxes(ids.where((tasks == 0)[:, None], -1), batch["poses"][real.nonzero()[:, 0]], packer)
@@ -135,52 +161,85 @@ def answer(
 def look(
     model: FusedVLM,
     scan: Scan,
-    keep: int = 128,      # patches shown to the language model
-    noise: float = 0.0,   # level of geometry noise
-    depth_size: tuple[int, int] = (80, 60),   # width and height that depth is resized to [pixels]
-) -> tuple[dict, dict[str, np.ndarray]]:  # a scene without queries, and the views it was made from (see `w2r2.scans.prepared`)
+    keep: int = 128,  # patches shown to the language model
+    noise: float = 0.0,  # level of geometry noise
+    depth_size: tuple[int, int] = (80, 60),  # width and height that depth is resized to [pixels]
+) -> tuple[
+    dict, dict[str, np.ndarray]
+]:  # a scene without queries, and the views it was made from (see `w2r2.scans.prepared`)
     "Features of a scan; raises `ScanNetError` for a scan without frames and ValueError for one without depth."
     (rows, columns), vision = model.config.grid, model.config.vlm_config.vision_config
     side = vision.patch_size * vision.spatial_merge_size
     views = prepare_scan(scan.root, scan.scene_id, model.config.views, (columns * side, rows * side), depth_size)
     f2d, (geometry,), chosen = encode_views(model, views, scan.scene_id, [noise], keep)
-    return {"f2d": f2d, "geometry": geometry, "poses": torch.as_tensor(views["poses"]), "visual_index": chosen, "queries": [], "index": 0}, views
+    return {
+        "f2d": f2d,
+        "geometry": geometry,
+        "poses": torch.as_tensor(views["poses"]),
+        "visual_index": chosen,
+        "queries": [],
+        "index": 0,
+    }, views
 
 # %% ../../nbs/study/00_predict.ipynb #f7196491
 def read_words(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-) -> list[int]:   # token ids
+) -> list[int]:  # token ids
     "The tokens of a sentence, with a warning that names the words that the model does not know; raises ValueError for a sentence without a known word."
     told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    unknown = [text[start:end] for token, (start, end) in zip(told["input_ids"], told["offset_mapping"]) if token == tokenizer.unk_token_id]
-    if len(unknown) == len(told["input_ids"]): raise ValueError(f"{text!r} has no word that this model knows")
-    if unknown: warnings.warn(f"this model does not know {', '.join(map(repr, unknown))}", stacklevel=2)
+    unknown = [
+        text[start:end]
+        for token, (start, end) in zip(told["input_ids"], told["offset_mapping"])
+        if token == tokenizer.unk_token_id
+    ]
+    if len(unknown) == len(told["input_ids"]):
+        raise ValueError(f"{text!r} has no word that this model knows")
+    if unknown:
+        warnings.warn(f"this model does not know {', '.join(map(repr, unknown))}", stacklevel=2)
     return told["input_ids"]
 
 # %% ../../nbs/study/00_predict.ipynb #bf638883
-def _respond(model: FusedVLM, scene: dict, queries: list[dict], blind: str | None, packer: Packer | None, tokenizer: PreTrainedTokenizerBase | None) -> Predictions:
+def _respond(
+    model: FusedVLM,
+    scene: dict,
+    queries: list[dict],
+    blind: str | None,
+    packer: Packer | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Predictions:
     "Answers to queries (`task`, and `text` or `view` and `box`) about a scene from `look`."
-    if packer is None or tokenizer is None: tokenizer, packer = companions(model.name_or_path)
+    if packer is None or tokenizer is None:
+        tokenizer, packer = companions(model.name_or_path)
     blank = {"answer": None, "view": -1, "box": torch.full((6,), torch.nan)}
-    asked = [blank | query | {"number": number, "prompt": read_words(tokenizer, query["text"]) if "text" in query else []} for number, query in enumerate(queries)]
+    asked = [
+        blank | query | {"number": number, "prompt": read_words(tokenizer, query["text"]) if "text" in query else []}
+        for number, query in enumerate(queries)
+    ]
     return answer(model, [scene | {"queries": asked}], packer, tokenizer, blind)
+
 
 def ground(
     model: FusedVLM,
     scan: Scan,
-    texts: Sequence[str],     # descriptions of objects
-    refined: bool = False,    # replace each box by the proposal that overlaps it most; proposals come from depth and colour alone
-    blind: str | None = None, # what the model may not see, as in `answer`; a backbone that has not learned from geometry is asked with "3d"
-    packer: Packer | None = None,                        # this and the next: those in the folder of the model, where not given
+    texts: Sequence[str],  # descriptions of objects
+    refined: bool = False,  # replace each box by the proposal that overlaps it most; proposals come from depth and colour alone
+    blind: str
+    | None = None,  # what the model may not see, as in `answer`; a backbone that has not learned from geometry is asked with "3d"
+    packer: Packer | None = None,  # this and the next: those in the folder of the model, where not given
     tokenizer: PreTrainedTokenizerBase | None = None,
-    **options,                # of `look`
-) -> np.ndarray:              # (n, 6) boxes in the aligned scan frame [m]
+    **options,  # of `look`
+) -> np.ndarray:  # (n, 6) boxes in the aligned scan frame [m]
     "The boxes of the objects that the texts describe."
     scene, views = look(model, scan, **options)
     boxes = _respond(model, scene, [{"task": 0, "text": text} for text in texts], blind, packer, tokenizer).boxes
-    if not refined: return boxes
-    return refine(boxes, propose(*fuse(*(views[name] for name in ("depth", "color", "poses", "intrinsic_depth", "intrinsic_color")))))
+    if not refined:
+        return boxes
+    return refine(
+        boxes,
+        propose(*fuse(*(views[name] for name in ("depth", "color", "poses", "intrinsic_depth", "intrinsic_color")))),
+    )
+
 
 def ask(
     model: FusedVLM,
@@ -195,11 +254,12 @@ def ask(
     scene, _ = look(model, scan, **options)
     return _respond(model, scene, [{"task": 2, "text": text} for text in questions], blind, packer, tokenizer).texts
 
+
 def describe(
     model: FusedVLM,
     scan: Scan,
-    boxes: np.ndarray,        # (n, 6) in the aligned scan frame [m]
-    named: Sequence[int] | None = None,   # view to name each box in; None: the one that it fills most
+    boxes: np.ndarray,  # (n, 6) in the aligned scan frame [m]
+    named: Sequence[int] | None = None,  # view to name each box in; None: the one that it fills most
     blind: str | None = None,
     packer: Packer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -207,7 +267,20 @@ def describe(
 ) -> list[str]:
     "Captions of the objects in the boxes; further arguments as for `ground`. Raises ValueError for a box that no view shows."
     scene, views = look(model, scan, **options)
-    if named is None: named = best_views(projected_areas(np.asarray(boxes), views["poses"], views["intrinsic_color"], views["color"].shape[2:0:-1]))
+    if named is None:
+        named = best_views(
+            projected_areas(np.asarray(boxes), views["poses"], views["intrinsic_color"], views["color"].shape[2:0:-1])
+        )
     hidden = [number for number, view in enumerate(named) if view < 0]
-    if hidden: raise ValueError(f"{scan.scene_id}: none of the {len(views['color'])} views shows box {hidden[0]}; describe another, or let the model see more views")
-    return _respond(model, scene, [{"task": 1, "view": int(view), "box": torch.as_tensor(box)} for view, box in zip(named, boxes, strict=True)], blind, packer, tokenizer).texts
+    if hidden:
+        raise ValueError(
+            f"{scan.scene_id}: none of the {len(views['color'])} views shows box {hidden[0]}; describe another, or let the model see more views"
+        )
+    return _respond(
+        model,
+        scene,
+        [{"task": 1, "view": int(view), "box": torch.as_tensor(box)} for view, box in zip(named, boxes, strict=True)],
+        blind,
+        packer,
+        tokenizer,
+    ).texts

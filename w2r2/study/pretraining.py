@@ -10,48 +10,63 @@ __all__ = ['texts', 'pixels', 'tower', 'train_vision', 'see', 'centre', 'name_wo
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, get_wsd_schedule
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel, apply_rotary_pos_emb_vision
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+    apply_rotary_pos_emb_vision,
+)
+
 from ..method.alignment import Targets, adapted_cross_entropy, align, batch_mean, query_mean
-from ..tasks.answers import Bins
-from .dense import DenseHeads, DenseLabels, dense_losses, mirrored
+from ..method.trainer import W2R2Config, W2R2Trainer
 from ..model.features import Features, Queries
-from ..rooms.layout import Item
 from ..model.fused import INPUTS, FusedVLM
 from ..model.packing import Packer
 from ..model.scenes import Collator, Scenes
+from ..rooms.layout import Item
+from .dense import DenseHeads, DenseLabels, dense_losses, mirrored
+from ..tasks.answers import Bins
 from ..tasks.samples import read_scanqa, read_scanrefer
-from ..method.trainer import W2R2Config, W2R2Trainer
 
 # %% ../../nbs/study/04_pretraining.ipynb #dd56b8b9
 def texts(
-    root: str | Path,   # of the ScanNet release
+    root: str | Path,  # of the ScanNet release
     split: str,
 ) -> list[str]:
     "Every description, question and answer of a split; raises `ScanNetError` for files that cannot be read."
     described, _ = read_scanrefer(Path(root, "scanrefer", f"ScanRefer_filtered_{split}.json"))
     asked, _ = read_scanqa(Path(root, "scanqa", f"ScanQA_v1.0_{split}.json"))
-    return [record["description"] for record in described] + [text for record in asked for text in (record["question"], *record["answers"])]
+    return [record["description"] for record in described] + [
+        text for record in asked for text in (record["question"], *record["answers"])
+    ]
 
 # %% ../../nbs/study/04_pretraining.ipynb #4c732949
 def pixels(
-    images: np.ndarray,           # (n, H, W, 3) uint8
+    images: np.ndarray,  # (n, H, W, 3) uint8
     config: Qwen2_5_VLConfig,
-) -> torch.Tensor:                # (n, patches, values of a patch)
+) -> torch.Tensor:  # (n, patches, values of a patch)
     "Views cut into patches, as `w2r2.model.backbone.image_patches` does it."
     side, (n, height, width, _) = config.vision_config.patch_size, images.shape
-    values = (torch.tensor(np.array(images)).float() / 255 - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)
-    return values.reshape(n, height // side, side, width // side, side, 3).permute(0, 1, 3, 5, 2, 4).reshape(n, -1, 3 * side * side)
+    values = (torch.tensor(np.array(images)).float() / 255 - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(
+        OPENAI_CLIP_STD
+    )
+    return (
+        values.reshape(n, height // side, side, width // side, side, 3)
+        .permute(0, 1, 3, 5, 2, 4)
+        .reshape(n, -1, 3 * side * side)
+    )
 
 # %% ../../nbs/study/04_pretraining.ipynb #9084b4be
 def tower(
     visual: Qwen2_5_VisionTransformerPretrainedModel,  # of `w2r2.model.backbone.tiny_config`
-    patches: torch.Tensor,           # (n, rows * columns, values), from `pixels`
+    patches: torch.Tensor,  # (n, rows * columns, values), from `pixels`
     grid: tuple[int, int] = (6, 8),  # rows and columns
-) -> torch.Tensor:                   # (n, rows * columns, d)
+) -> torch.Tensor:  # (n, rows * columns, d)
     "F2D of many views at once, with gradient."
     x = patches @ visual.patch_embed.proj.weight.flatten(1).T
     place = torch.cartesian_prod(*(torch.arange(length) for length in grid))
@@ -68,39 +83,57 @@ def tower(
 # %% ../../nbs/study/04_pretraining.ipynb #84b6352c
 def train_vision(
     visual: Qwen2_5_VisionTransformerPretrainedModel,  # changed in place
-    heads: DenseHeads,      # likewise
-    images: np.ndarray,     # (n, H, W, 3) uint8
-    labels: DenseLabels,    # of these views
+    heads: DenseHeads,  # likewise
+    images: np.ndarray,  # (n, H, W, 3) uint8
+    labels: DenseLabels,  # of these views
     config: Qwen2_5_VLConfig,
     epochs: float = 30,
-    batch_size: int = 64,   # views
+    batch_size: int = 64,  # views
     seed: int = 0,
     learning_rate: float = 2e-3,
     muon_learning_rate: float = 0.02,
-    warmup: int = 100,      # steps
-) -> pd.DataFrame:          # the terms of the loss at every step
+    warmup: int = 100,  # steps
+) -> pd.DataFrame:  # the terms of the loss at every step
     "Teach a vision tower the dense labels; raises ValueError for fewer views than a batch has."
     per_epoch = len(images) // batch_size
-    if not per_epoch: raise ValueError(f"{len(images)} views do not fill a batch of {batch_size}; use more scenes or a smaller batch_size")
+    if not per_epoch:
+        raise ValueError(
+            f"{len(images)} views do not fill a batch of {batch_size}; use more scenes or a smaller batch_size"
+        )
     steps, generator = int(epochs * per_epoch), torch.Generator().manual_seed(seed)
     matrices = [parameter for parameter in visual.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in visual.parameters() if parameter.ndim != 2] + list(heads.parameters())
-    optimizers = torch.optim.Muon(matrices, muon_learning_rate, weight_decay=0.02), torch.optim.AdamW(others, learning_rate, weight_decay=0.02)
-    schedules = [get_wsd_schedule(optimizer, warmup, steps - int(0.3 * steps), num_training_steps=steps, decay_type="cosine") for optimizer in optimizers]
+    optimizers = (
+        torch.optim.Muon(matrices, muon_learning_rate, weight_decay=0.02),
+        torch.optim.AdamW(others, learning_rate, weight_decay=0.02),
+    )
+    schedules = [
+        get_wsd_schedule(optimizer, warmup, steps - int(0.3 * steps), num_training_steps=steps, decay_type="cosine")
+        for optimizer in optimizers
+    ]
     log = []
     for step in range(steps):
-        if step % per_epoch == 0: order = torch.randperm(len(images), generator=generator)
-        rows = order[step % per_epoch * batch_size:][:batch_size]
+        if step % per_epoch == 0:
+            order = torch.randperm(len(images), generator=generator)
+        rows = order[step % per_epoch * batch_size :][:batch_size]
         x, truth = pixels(images[rows.numpy()], config), labels[rows]
-        x = x * (1 + 0.1 * torch.randn(batch_size, 1, 1, generator=generator)) + 0.1 * torch.randn(batch_size, 1, 1, generator=generator)
+        x = x * (1 + 0.1 * torch.randn(batch_size, 1, 1, generator=generator)) + 0.1 * torch.randn(
+            batch_size, 1, 1, generator=generator
+        )
         which = torch.rand(batch_size, generator=generator) < 0.5
         losses = dense_losses(heads(tower(visual, _mirrored_pixels(x, which, config))), mirrored(truth, which))
         sum(losses.values()).backward()
-        for optimizer, schedule in zip(optimizers, schedules): optimizer.step(); optimizer.zero_grad(); schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         log.append({name: float(loss.detach()) for name, loss in losses.items()})
     return pd.DataFrame(log)
 
-def _mirrored_pixels(x: torch.Tensor, which: torch.Tensor, config: Qwen2_5_VLConfig, grid: tuple[int, int] = (6, 8)) -> torch.Tensor:
+
+def _mirrored_pixels(
+    x: torch.Tensor, which: torch.Tensor, config: Qwen2_5_VLConfig, grid: tuple[int, int] = (6, 8)
+) -> torch.Tensor:
     side = config.vision_config.patch_size
     flipped = x.unflatten(-1, (3, side, side)).unflatten(1, grid).flip(2).flip(-1).flatten(1, 2).flatten(2)
     return torch.where(which[:, None, None], flipped, x)
@@ -109,19 +142,24 @@ def _mirrored_pixels(x: torch.Tensor, which: torch.Tensor, config: Qwen2_5_VLCon
 @torch.no_grad()
 def see(
     visual: Qwen2_5_VisionTransformerPretrainedModel,
-    images: np.ndarray,      # (n, H, W, 3) uint8
+    images: np.ndarray,  # (n, H, W, 3) uint8
     config: Qwen2_5_VLConfig,
-    batch_size: int = 60,    # views
-) -> torch.Tensor:           # (n, patches, d)
+    batch_size: int = 60,  # views
+) -> torch.Tensor:  # (n, patches, d)
     "F2D of many views."
-    return torch.cat([tower(visual, pixels(images[first:first + batch_size], config)) for first in range(0, len(images), batch_size)])
+    return torch.cat(
+        [
+            tower(visual, pixels(images[first : first + batch_size], config))
+            for first in range(0, len(images), batch_size)
+        ]
+    )
 
 # %% ../../nbs/study/04_pretraining.ipynb #93924299
 @torch.no_grad()
 def centre(
     visual: Qwen2_5_VisionTransformerPretrainedModel,  # changed in place: its last layer
-    f2d: torch.Tensor,   # (..., d) a sample of what it returns
-    size: float = 0.5,   # root mean square of the features afterwards
+    f2d: torch.Tensor,  # (..., d) a sample of what it returns
+    size: float = 0.5,  # root mean square of the features afterwards
 ):
     "Shift and scale F2D, in the last layer of the tower."
     f2d, last = f2d.flatten(0, -2), visual.merger.mlp[2]
@@ -133,10 +171,10 @@ def centre(
 # %% ../../nbs/study/04_pretraining.ipynb #82f67326
 @torch.no_grad()
 def name_words(
-    embedding: torch.nn.Embedding,   # of the decoder, changed in place
+    embedding: torch.nn.Embedding,  # of the decoder, changed in place
     tokenizer: PreTrainedTokenizerBase,
     heads: DenseHeads,
-    names: list[list[str]],          # per attribute, as in `DenseLabels`
+    names: list[list[str]],  # per attribute, as in `DenseLabels`
 ):
     "Start the words of all names from the directions that the heads read."
     for head, known in zip(heads.attributes, names):
@@ -144,23 +182,26 @@ def name_words(
         directions = directions / directions.norm(dim=1).mean()
         for name, direction in zip(known, directions):
             for word in tokenizer(name, add_special_tokens=False)["input_ids"]:
-                if word != tokenizer.unk_token_id: embedding.weight[word] = 0.3 * embedding.weight[word] + direction
+                if word != tokenizer.unk_token_id:
+                    embedding.weight[word] = 0.3 * embedding.weight[word] + direction
 
 # %% ../../nbs/study/04_pretraining.ipynb #4a085a2d
 def fit_objects(
-    layer: torch.nn.Linear,   # d to 1, changed in place
-    f2d: torch.Tensor,        # (n, P, d)
+    layer: torch.nn.Linear,  # d to 1, changed in place
+    f2d: torch.Tensor,  # (n, P, d)
     furniture: torch.Tensor,  # (n, P) bool
 ):
     "Logistic regression with a little weight decay."
     x, truth = f2d.flatten(0, 1), furniture.flatten().float()
     layer.requires_grad_(True)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=60)
+
     def loss():
         optimizer.zero_grad()
         value = functional.binary_cross_entropy_with_logits(layer(x)[:, 0], truth) + 1e-4 * layer.weight.pow(2).sum()
         value.backward()
         return value
+
     optimizer.step(loss)
     layer.requires_grad_(False)
 
@@ -173,31 +214,34 @@ def code_bins(
 ):
     "Start the tokens of coordinates from sines and cosines of their metres, mixed at random; one mixture for positions, another for sizes."
     bins, width = packer.bins, embedding.embedding_dim
-    wavelengths = 0.4 * 2.0 ** torch.arange(6)                                            # [m]; for sizes 2.5 times as fine
-    mixtures = torch.randn(2, 12, width, generator=generator) * 0.168 / 12 ** 0.5
+    wavelengths = 0.4 * 2.0 ** torch.arange(6)  # [m]; for sizes 2.5 times as fine
+    mixtures = torch.randn(2, 12, width, generator=generator) * 0.168 / 12**0.5
     for axis, centres in enumerate(bins.centres(embedding.weight)):
         angles = 2 * torch.pi * centres[:, None] / (wavelengths if axis < 3 else wavelengths / 2.5)
         first = packer.first_bin + bins.views + bins.count * axis
-        embedding.weight[first:first + bins.count] = torch.cat([angles.sin(), angles.cos()], 1) @ mixtures[axis // 3] + 0.06 * torch.randn(width, generator=generator)
+        embedding.weight[first : first + bins.count] = torch.cat([angles.sin(), angles.cos()], 1) @ mixtures[
+            axis // 3
+        ] + 0.06 * torch.randn(width, generator=generator)
 
 # %% ../../nbs/study/04_pretraining.ipynb #cf608b4f
 @torch.no_grad()
 def attend_to_likeness(
-    model: FusedVLM,     # changed in place
-    strength: float = 3, # of the query's words in its answer
+    model: FusedVLM,  # changed in place
+    strength: float = 3,  # of the query's words in its answer
 ):
     "Keys equal to queries in two layers; the `query` layer of `Additions` a multiple of the identity."
-    for layer in model.vlm.model.language_model.layers[:2]: layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+    for layer in model.vlm.model.language_model.layers[:2]:
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
     model.additions.query.weight.copy_(strength * torch.eye(len(model.additions.query.weight)))
 
 # %% ../../nbs/study/04_pretraining.ipynb #bd8b8ce9
 def assemble(
     visual: Qwen2_5_VisionTransformerPretrainedModel,  # trained; its last layer is changed
-    heads: DenseHeads,                  # trained with it
-    images: np.ndarray,                 # (n, H, W, 3) uint8
-    labels: DenseLabels,                # of these views
-    tokenizer: PreTrainedTokenizerBase, # from `w2r2.model.backbone.build_tokenizer`
-    bins: Bins,                         # the answer format
+    heads: DenseHeads,  # trained with it
+    images: np.ndarray,  # (n, H, W, 3) uint8
+    labels: DenseLabels,  # of these views
+    tokenizer: PreTrainedTokenizerBase,  # from `w2r2.model.backbone.build_tokenizer`
+    bins: Bins,  # the answer format
     config: Qwen2_5_VLConfig,
     seed: int = 0,
 ) -> FusedVLM:
@@ -207,21 +251,30 @@ def assemble(
     vlm = Qwen2_5_VLForConditionalGeneration(config)
     centre(visual, see(visual, images, config))
     vlm.model.visual.load_state_dict(visual.state_dict())
-    model = FusedVLM.from_vlm(vlm, embedding_additions=True, answer_token_id=packer.opening[0], first_bin=packer.first_bin)
+    model = FusedVLM.from_vlm(
+        vlm, embedding_additions=True, answer_token_id=packer.opening[0], first_bin=packer.first_bin
+    )
     name_words(model.vlm.model.language_model.embed_tokens, tokenizer, heads, labels.names)
     code_bins(model.vlm.model.language_model.embed_tokens, packer, torch.Generator().manual_seed(seed))
     attend_to_likeness(model)
-    for embedding in (model.additions.view, model.additions.patch): torch.nn.init.normal_(embedding.weight, std=0.25)
+    for embedding in (model.additions.view, model.additions.patch):
+        torch.nn.init.normal_(embedding.weight, std=0.25)
     fit_objects(model.additions.object, see(visual, images, config), labels.furniture)
     return model
 
 # %% ../../nbs/study/04_pretraining.ipynb #8d14a0c1
 def short_prompts(
-    items: Sequence[list[Item]],   # per scene, from `w2r2.study.dense.items_of`
+    items: Sequence[list[Item]],  # per scene, from `w2r2.study.dense.items_of`
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[list[list[int]]]]:  # per scene and item, three prompts as token ids
     "The category of everything there is; with its colour; and with its shape as well."
-    said = [[(item.category, f"{item.color} {item.category}", f"the {item.shape} {item.color} {item.category}") for item in scene] for scene in items]
+    said = [
+        [
+            (item.category, f"{item.color} {item.category}", f"the {item.shape} {item.color} {item.category}")
+            for item in scene
+        ]
+        for scene in items
+    ]
     unique = list(dict.fromkeys(text for scene in said for texts in scene for text in texts))
     ids = dict(zip(unique, tokenizer(unique, add_special_tokens=False)["input_ids"]))
     return [[[ids[text] for text in texts] for texts in scene] for scene in said]
@@ -230,58 +283,86 @@ def short_prompts(
 class Lessons(Scenes):
     "As `w2r2.model.scenes.Scenes`, with short prompts for a share of the descriptions."
 
-    def __init__(self,
+    def __init__(
+        self,
         features: Features,
         queries: Queries,
-        short: list[list[list[list[int]]]],     # from `short_prompts`
-        shares: Sequence[float] = (1.0,),       # in each epoch; the last of them in all later ones
-        per_task: Sequence[int] = (8, 2, 2),    # see `Scenes`
+        short: list[list[list[list[int]]]],  # from `short_prompts`
+        shares: Sequence[float] = (1.0,),  # in each epoch; the last of them in all later ones
+        per_task: Sequence[int] = (8, 2, 2),  # see `Scenes`
         seed: int = 0,
     ):
         super().__init__(features, queries, per_task, seed)
         self.short, self.shares = short, shares
 
     def __getitem__(self, scene: int) -> dict:
-        drawn, rng = super().__getitem__(scene), np.random.default_rng([self.seed, self.epoch, scene, 2])   # 2: not the numbers that drew the queries
+        drawn, rng = (
+            super().__getitem__(scene),
+            np.random.default_rng([self.seed, self.epoch, scene, 2]),
+        )  # 2: not the numbers that drew the queries
         share = self.shares[min(self.epoch, len(self.shares) - 1)]
         for query in drawn["queries"]:
-            if query["task"] == 0 and rng.random() < share: query["prompt"] = self.short[scene][self.queries.objects[query["number"]]][rng.integers(3)]
+            if query["task"] == 0 and rng.random() < share:
+                query["prompt"] = self.short[scene][self.queries.objects[query["number"]]][rng.integers(3)]
         return drawn
 
 # %% ../../nbs/study/04_pretraining.ipynb #6f5eb078
 @dataclass
 class LessonConfig(W2R2Config):
     "Arguments of `Teacher`."
-    weights: list[float] = field(default_factory=lambda: [2.0, 1.0, 1.0], metadata={"help": "Weights of the view token, of each coordinate and of every other token in the loss of an answer."})
-    silent: int = field(default=0, metadata={"help": "Steps in which coordinates do not count; their weight grows in the 100 steps after that."})
+
+    weights: list[float] = field(
+        default_factory=lambda: [2.0, 1.0, 1.0],
+        metadata={
+            "help": "Weights of the view token, of each coordinate and of every other token in the loss of an answer."
+        },
+    )
+    silent: int = field(
+        default=0,
+        metadata={"help": "Steps in which coordinates do not count; their weight grows in the 100 steps after that."},
+    )
+
 
 class Teacher(W2R2Trainer):
     "Teaches the shortcut pass alone; geometry is never seen."
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Weighted mean over the tokens of each answer, mean over queries."
         args, step = self.args, self.state.global_step
         targets = Targets(inputs, self.packer.bins, self.packer.first_bin, args.sigma)
         output = model(**{name: inputs[name] for name in INPUTS}, shortcut=True, logits_to_keep=inputs["labels"] >= 0)
         view, coordinate, word = args.weights
-        if args.silent: coordinate *= min(max((step - args.silent) / 100, 0), 1)
+        if args.silent:
+            coordinate *= min(max((step - args.silent) / 100, 0), 1)
         weights = torch.where(targets.slot > 0, coordinate, torch.where(targets.slot == 0, view, word))
-        losses = query_mean(weights * adapted_cross_entropy(output.logits, targets), targets) / query_mean(weights, targets).clamp(min=1e-6)
-        if model.training: self._note(align(output.logits.detach(), targets).logs, {})
+        losses = query_mean(weights * adapted_cross_entropy(output.logits, targets), targets) / query_mean(
+            weights, targets
+        ).clamp(min=1e-6)
+        if model.training:
+            self._note(align(output.logits.detach(), targets).logs, {})
         loss = batch_mean(losses, targets)
         return (loss, output) if return_outputs else loss
 
 # %% ../../nbs/study/04_pretraining.ipynb #a94d7a2c
 def teach(
-    model: FusedVLM,       # changed in place
+    model: FusedVLM,  # changed in place
     packer: Packer,
     lessons: Lessons,
-    folder: str | Path,    # of the trainer
+    folder: str | Path,  # of the trainer
     steps: int,
-    **settings,            # of `LessonConfig`, in place of those below
-) -> list[dict]:           # the training log
+    **settings,  # of `LessonConfig`, in place of those below
+) -> list[dict]:  # the training log
     "Teach a model one lesson."
-    settings = {"seed": lessons.seed, "learning_rate": 2.5e-3, "muon_learning_rate": 0.02, "weight_decay": 0.01, "sigma": 1.5, "logging_steps": 10, "save_strategy": "no"} | settings
+    settings = {
+        "seed": lessons.seed,
+        "learning_rate": 2.5e-3,
+        "muon_learning_rate": 0.02,
+        "weight_decay": 0.01,
+        "sigma": 1.5,
+        "logging_steps": 10,
+        "save_strategy": "no",
+    } | settings
     trainer = Teacher(model.train(), LessonConfig(str(folder), max_steps=steps, **settings), lessons, Collator(packer))
     trainer.train()
     model.eval()
-    return [row for row in trainer.state.log_history if "train_runtime" not in row]   # the last entry is about the clock
+    return [row for row in trainer.state.log_history if "train_runtime" not in row]  # the last entry is about the clock

@@ -6,50 +6,73 @@
 __all__ = ['NineNumbers', 'gravity_frame', 'to_view', 'from_view', 'Bins', 'parse_all']
 
 # %% ../../nbs/tasks/00_answers.ipynb #b6a13038
-import json, re
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass
-import numpy as np, torch
+
+import numpy as np
+import torch
+
 from ..scans.cameras import invert_rigid, transform_boxes
 
 # %% ../../nbs/tasks/00_answers.ipynb #f6063195
 @dataclass(frozen=True)
 class NineNumbers:
     "VG-LLM's answer: a view and nine numbers in its camera."
-    order: str = "ZXY"   # order of the angles, as in `transform_boxes`; "zxy" is how VG-LLM's evaluator reads them
-    decimals: int = 2    # places written
 
-    def write(self,
-        view: int,          # index of the view to answer in
-        box: np.ndarray,    # (6,) box in the scan frame [m]
+    order: str = "ZXY"  # order of the angles, as in `transform_boxes`; "zxy" is how VG-LLM's evaluator reads them
+    decimals: int = 2  # places written
+
+    def write(
+        self,
+        view: int,  # index of the view to answer in
+        box: np.ndarray,  # (6,) box in the scan frame [m]
         poses: np.ndarray,  # (V, 4, 4) camera-to-scan poses of the views
     ) -> str:
         "The text that a model should answer for a box of the scan."
         box = torch.cat([torch.as_tensor(box, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)])
         numbers = transform_boxes(invert_rigid(torch.as_tensor(poses[view])), box, self.order).tolist()
-        return "```json\n" + json.dumps({"frame": view, "bbox_3d": [round(number, self.decimals) + 0.0 for number in numbers]}) + "\n```"   # + 0.0: no "-0.0"
+        return (
+            "```json\n"
+            + json.dumps({"frame": view, "bbox_3d": [round(number, self.decimals) + 0.0 for number in numbers]})
+            + "\n```"
+        )  # + 0.0: no "-0.0"
 
-    def parse(self,
-        text: str,          # what a model wrote
+    def parse(
+        self,
+        text: str,  # what a model wrote
         poses: np.ndarray,  # (V, 4, 4) camera-to-scan poses of the views it saw
     ) -> tuple[np.ndarray | None, str]:
         "The (9,) box in the scan frame and 'ok', or None and the kind of fault."
-        line = next((part for part in text.replace("```json", "").replace("```", "").splitlines() if "bbox_3d" in part), None)
-        if line is None: return None, "no box"
-        try: record = json.loads(line)
-        except (ValueError, RecursionError): return None, "not JSON"
-        if not isinstance(record, dict) or "bbox_3d" not in record: return None, "no box"
+        line = next(
+            (part for part in text.replace("```json", "").replace("```", "").splitlines() if "bbox_3d" in part), None
+        )
+        if line is None:
+            return None, "no box"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            return None, "not JSON"
+        if not isinstance(record, dict) or "bbox_3d" not in record:
+            return None, "no box"
         view, numbers = record.get("frame"), record["bbox_3d"]
-        if type(view) is not int or not 0 <= view < len(poses): return None, "bad view"
-        if not isinstance(numbers, list) or len(numbers) != 9: return None, "wrong count"
-        if not all(type(number) in (int, float) and abs(number) < 1e6 for number in numbers): return None, "not a number"
-        if min(numbers[3:6]) <= 0: return None, "non-positive size"
-        return transform_boxes(torch.as_tensor(poses[view]), torch.tensor(numbers, dtype=torch.float64), self.order).numpy(), "ok"
+        if type(view) is not int or not 0 <= view < len(poses):
+            return None, "bad view"
+        if not isinstance(numbers, list) or len(numbers) != 9:
+            return None, "wrong count"
+        if not all(type(number) in (int, float) and abs(number) < 1e6 for number in numbers):
+            return None, "not a number"
+        if min(numbers[3:6]) <= 0:
+            return None, "non-positive size"
+        return transform_boxes(
+            torch.as_tensor(poses[view]), torch.tensor(numbers, dtype=torch.float64), self.order
+        ).numpy(), "ok"
 
 # %% ../../nbs/tasks/00_answers.ipynb #04d7a6fd
 def gravity_frame(
     poses: torch.Tensor,  # (..., 4, 4) camera-to-scan poses, scan z up
-) -> torch.Tensor:        # (..., 4, 4) transforms from the frame of the view (x right, y forward, z up) to the scan
+) -> torch.Tensor:  # (..., 4, 4) transforms from the frame of the view (x right, y forward, z up) to the scan
     "The gravity-aligned frame of each view; a camera that looks straight up or down takes the top of its image for forward."
     steep = poses[..., :2, 2].norm(dim=-1, keepdim=True) < 1e-6
     forward = torch.where(steep, -poses[..., :2, 1] * poses[..., 2:3, 2].neg().sign(), poses[..., :2, 2])
@@ -62,20 +85,22 @@ def gravity_frame(
 
 # %% ../../nbs/tasks/00_answers.ipynb #416f2491
 def to_view(
-    boxes: torch.Tensor,   # (..., 6) boxes in the scan frame [m]
+    boxes: torch.Tensor,  # (..., 6) boxes in the scan frame [m]
     frames: torch.Tensor,  # (..., 4, 4) from `gravity_frame`
-) -> torch.Tensor:         # (..., 6) centre in the view, then width, depth and height
+) -> torch.Tensor:  # (..., 6) centre in the view, then width, depth and height
     "Scan boxes as the view sees them."
     centre = (frames[..., :3, :3].transpose(-1, -2) @ (boxes[..., :3] - frames[..., :3, 3]).unsqueeze(-1)).squeeze(-1)
     return torch.cat([centre, _snap(boxes[..., 3:], frames)], -1)
 
+
 def from_view(
-    boxes: torch.Tensor,   # (..., 6) centre in the view, then width, depth and height [m]
+    boxes: torch.Tensor,  # (..., 6) centre in the view, then width, depth and height [m]
     frames: torch.Tensor,  # (..., 4, 4) from `gravity_frame`
-) -> torch.Tensor:         # (..., 6)
+) -> torch.Tensor:  # (..., 6)
     "Boxes of a view in the scan frame; the inverse of `to_view`."
     centre = (frames[..., :3, :3] @ boxes[..., :3].unsqueeze(-1)).squeeze(-1) + frames[..., :3, 3]
     return torch.cat([centre, _snap(boxes[..., 3:], frames)], -1)
+
 
 def _snap(sizes: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     "Swap the two horizontal extents where the view's x axis is nearer to the scan's y axis; its own inverse."
@@ -86,30 +111,37 @@ def _snap(sizes: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class Bins:
     "The answer in seven tokens: a view, then x, y, z, width, depth and height in its gravity-aligned frame."
-    views: int = 6                                                              # view tokens
-    count: int = 80                                                             # bins per coordinate
-    low: tuple[float, ...] = (-4.4, -0.8, -2.2, 0.0, 0.0, 0.0)                  # lower end of the first bin [m]
-    width: tuple[float, ...] = (0.11, 0.11, 0.045, 0.03, 0.03, 0.03)            # width of a bin [m]
+
+    views: int = 6  # view tokens
+    count: int = 80  # bins per coordinate
+    low: tuple[float, ...] = (-4.4, -0.8, -2.2, 0.0, 0.0, 0.0)  # lower end of the first bin [m]
+    width: tuple[float, ...] = (0.11, 0.11, 0.045, 0.03, 0.03, 0.03)  # width of a bin [m]
 
     NAMES = "view", "x", "y", "z", "w", "d", "h"
 
     @property
     def vocabulary(self) -> list[str]:
         "Every token of the format; the place in this list is the token's integer id."
-        return [f"<view_{view}>" for view in range(self.views)] + [f"<{name}_{bin}>" for name in self.NAMES[1:] for bin in range(self.count)]
+        return [f"<view_{view}>" for view in range(self.views)] + [
+            f"<{name}_{bin}>" for name in self.NAMES[1:] for bin in range(self.count)
+        ]
 
     def centres(self, like: torch.Tensor) -> torch.Tensor:
         "(6, count) middle of every bin [m], with the dtype and device of `like`."
-        low, width = (torch.as_tensor(values, dtype=like.dtype, device=like.device)[:, None] for values in (self.low, self.width))
+        low, width = (
+            torch.as_tensor(values, dtype=like.dtype, device=like.device)[:, None] for values in (self.low, self.width)
+        )
         return low + width * (torch.arange(self.count, dtype=like.dtype, device=like.device) + 0.5)
 
-    def encode(self,
+    def encode(
+        self,
         views: torch.Tensor,  # (...) index of the view to answer in
         boxes: torch.Tensor,  # (..., 6) boxes in the scan frame [m]
         poses: torch.Tensor,  # (..., V, 4, 4) camera-to-scan poses of all views
     ) -> tuple[torch.Tensor, int]:
         "(..., 7) token ids, and how many coordinates were out of range and went to the nearest bin; raises ValueError for a view without a token."
-        if ((views < 0) | (views >= self.views)).any(): raise ValueError(f"view {int(views.max())}: there are tokens for {self.views} views; set Bins(views=...)")
+        if ((views < 0) | (views >= self.views)).any():
+            raise ValueError(f"view {int(views.max())}: there are tokens for {self.views} views; set Bins(views=...)")
         values = to_view(boxes, gravity_frame(_chosen(poses, views)))
         low, width = values.new_tensor(self.low), values.new_tensor(self.width)
         bins = ((values - low) / width).floor().long()
@@ -117,52 +149,73 @@ class Bins:
         offsets = self.views + self.count * torch.arange(6, device=kept.device)
         return torch.cat([views[..., None], kept + offsets], -1), int((kept != bins).sum())
 
-    def decode(self,
-        ids: torch.Tensor,    # (..., 7) token ids
+    def decode(
+        self,
+        ids: torch.Tensor,  # (..., 7) token ids
         poses: torch.Tensor,  # (..., V, 4, 4) camera-to-scan poses of all views
-    ) -> torch.Tensor:        # (..., 6) boxes in the scan frame, each coordinate in the middle of its bin
+    ) -> torch.Tensor:  # (..., 6) boxes in the scan frame, each coordinate in the middle of its bin
         "The boxes that token ids say; ids that are not seven tokens in the format's order raise ValueError."
         bins = ids[..., 1:] - self.views - self.count * torch.arange(6, device=ids.device)
-        if ids.shape[-1] != 7 or ((bins < 0) | (bins >= self.count)).any() or ((ids[..., 0] < 0) | (ids[..., 0] >= poses.shape[-3])).any():
-            raise ValueError(f"token ids must be one view of {poses.shape[-3]}, then one of {self.count} bins of x, y, z, w, d and h; parse text instead")
+        if (
+            ids.shape[-1] != 7
+            or ((bins < 0) | (bins >= self.count)).any()
+            or ((ids[..., 0] < 0) | (ids[..., 0] >= poses.shape[-3])).any()
+        ):
+            raise ValueError(
+                f"token ids must be one view of {poses.shape[-3]}, then one of {self.count} bins of x, y, z, w, d and h; parse text instead"
+            )
         values = self.centres(poses).expand(*bins.shape, self.count).gather(-1, bins[..., None]).squeeze(-1)
         return from_view(values, gravity_frame(_chosen(poses, ids[..., 0])))
 
-    def expect(self,
-        views: torch.Tensor,          # (...) index of the view
+    def expect(
+        self,
+        views: torch.Tensor,  # (...) index of the view
         probabilities: torch.Tensor,  # (..., 6, count) distribution over the bins of each coordinate
-        poses: torch.Tensor,          # (..., V, 4, 4) camera-to-scan poses of all views
-    ) -> torch.Tensor:                # (..., 6) boxes in the scan frame
+        poses: torch.Tensor,  # (..., V, 4, 4) camera-to-scan poses of all views
+    ) -> torch.Tensor:  # (..., 6) boxes in the scan frame
         "The box of the expected coordinates: what `decode` gives for a certain model, and differentiable for an uncertain one."
-        return from_view((probabilities * self.centres(probabilities)).sum(-1), gravity_frame(_chosen(poses, views).to(probabilities)))
+        return from_view(
+            (probabilities * self.centres(probabilities)).sum(-1),
+            gravity_frame(_chosen(poses, views).to(probabilities)),
+        )
 
     def text(self, ids: torch.Tensor) -> str:
         "The (7,) token ids as text."
         vocabulary = self.vocabulary
         return "".join(vocabulary[id] for id in ids.tolist())
 
-    def write(self,
-        view: int,          # index of the view to answer in
-        box: np.ndarray,    # (6,) box in the scan frame [m]
+    def write(
+        self,
+        view: int,  # index of the view to answer in
+        box: np.ndarray,  # (6,) box in the scan frame [m]
         poses: np.ndarray,  # (V, 4, 4) camera-to-scan poses of the views
     ) -> str:
         "The text that a model should answer for a box of the scan."
-        return self.text(self.encode(torch.tensor(view), torch.as_tensor(box, dtype=torch.float64), torch.as_tensor(poses))[0])
+        return self.text(
+            self.encode(torch.tensor(view), torch.as_tensor(box, dtype=torch.float64), torch.as_tensor(poses))[0]
+        )
 
-    def parse(self,
-        text: str,          # what a model wrote
+    def parse(
+        self,
+        text: str,  # what a model wrote
         poses: np.ndarray,  # (V, 4, 4) camera-to-scan poses of the views it saw
     ) -> tuple[np.ndarray | None, str]:
         "The (6,) box in the scan frame and 'ok', or None and the kind of fault. Words around the seven tokens are ignored."
         tokens = re.findall(r"<(view|[xyzwdh])_(\d{1,6})>", text)
-        if not tokens: return None, "no box"
-        if len(tokens) != 7: return None, "wrong count"
+        if not tokens:
+            return None, "no box"
+        if len(tokens) != 7:
+            return None, "wrong count"
         names, values = zip(*((name, int(value)) for name, value in tokens))
-        if names != self.NAMES: return None, "wrong order"
-        if values[0] >= min(len(poses), self.views): return None, "bad view"
-        if max(values[1:]) >= self.count: return None, "bad bin"
+        if names != self.NAMES:
+            return None, "wrong order"
+        if values[0] >= min(len(poses), self.views):
+            return None, "bad view"
+        if max(values[1:]) >= self.count:
+            return None, "bad bin"
         ids = torch.tensor(values) + torch.tensor([0] + [self.views + self.count * axis for axis in range(6)])
         return self.decode(ids, torch.as_tensor(poses, dtype=torch.float64)).numpy(), "ok"
+
 
 def _chosen(poses: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
     "(..., 4, 4) the pose of the chosen view of each row."
@@ -172,9 +225,11 @@ def _chosen(poses: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
 # %% ../../nbs/tasks/00_answers.ipynb #a089aa0c
 def parse_all(
     codec: NineNumbers | Bins,  # the format
-    texts: list[str],           # what a model wrote
-    poses: list[np.ndarray],    # per text, (V, 4, 4) camera-to-scan poses of the views it saw
+    texts: list[str],  # what a model wrote
+    poses: list[np.ndarray],  # per text, (V, 4, 4) camera-to-scan poses of the views it saw
 ) -> tuple[list[np.ndarray | None], Counter]:
     "A box in the scan frame or None per text, and how many texts were of which kind."
-    boxes, kinds = zip(*(codec.parse(text, views) for text, views in zip(texts, poses, strict=True))) if texts else ((), ())
+    boxes, kinds = (
+        zip(*(codec.parse(text, views) for text, views in zip(texts, poses, strict=True))) if texts else ((), ())
+    )
     return list(boxes), Counter(kinds)

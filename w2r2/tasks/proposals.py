@@ -10,20 +10,26 @@ __all__ = ['CUTS', 'refine', 'Proposals', 'read_proposals', 'fuse', 'find_planes
 import json
 from dataclasses import dataclass
 from pathlib import Path
-import fastjsonschema, numpy as np, pandas as pd, torch
+
+import fastjsonschema
+import numpy as np
+import pandas as pd
+import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
+
 from ..scans.cameras import back_project, project
 from ..scans.files import ScanNetError, regular_file
 from ..scans.geometry import box_iou
 
 # %% ../../nbs/tasks/02_proposals.ipynb #4b7d5478
 def refine(
-    boxes: np.ndarray,      # (N, 6) predicted boxes of one scene [m]
+    boxes: np.ndarray,  # (N, 6) predicted boxes of one scene [m]
     proposals: np.ndarray,  # (P, 6) its proposals [m]
-) -> np.ndarray:            # (N, 6)
+) -> np.ndarray:  # (N, 6)
     "Each box replaced by the proposal with the highest IoU to it; kept where no proposal overlaps (VG-LLM's rule)."
-    if not len(proposals): return boxes
+    if not len(proposals):
+        return boxes
     best, index = box_iou(torch.as_tensor(boxes)[:, None], torch.as_tensor(proposals)[None]).max(-1)
     return np.where(best[:, None] > 0, proposals[index], boxes)
 
@@ -31,31 +37,61 @@ def refine(
 @dataclass(frozen=True)
 class Proposals:
     "Candidate objects of a scene."
-    boxes: np.ndarray   # (P, 6) in the aligned scan frame [m]
-    labels: list[str]   # class names
+
+    boxes: np.ndarray  # (P, 6) in the aligned scan frame [m]
+    labels: list[str]  # class names
     scores: np.ndarray  # (P,) confidences; 1 where the file has none
+
 
 _CONVERT = """Convert it on a machine where the file is trusted: python -c "import sys, numpy as np; d = np.load(sys.argv[1], allow_pickle=True); \
 p = [np.asarray(q)[:, :3] if len(q) else np.zeros((1, 3)) for q in d['ins_pcds']]; np.savez(sys.argv[2], ins_boxes=[np.r_[(q.min(0) + q.max(0)) / 2, np.ptp(q, 0)] for q in p], \
 ins_labels=d['ins_labels'].astype(str), ins_scores=d['ins_scores'].astype(float))" OLD.npz NEW.npz"""
 
-_PROPOSALS = fastjsonschema.compile({"type": "array", "items": {"type": "object", "required": ["target", "bbox_3d"], "properties": {
-    "target": {"type": "string"}, "score": {"type": "number"}, "bbox_3d": {"type": "array", "items": {"type": "number"}, "minItems": 6, "maxItems": 6}}}})
+_PROPOSALS = fastjsonschema.compile(
+    {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "required": ["target", "bbox_3d"],
+            "properties": {
+                "target": {"type": "string"},
+                "score": {"type": "number"},
+                "bbox_3d": {"type": "array", "items": {"type": "number"}, "minItems": 6, "maxItems": 6},
+            },
+        },
+    }
+)
+
 
 def _from_json(path: Path) -> tuple:
-    try: records = _PROPOSALS(json.loads(path.read_bytes()))
-    except fastjsonschema.JsonSchemaValueException as error: raise ScanNetError(path, error.name, error.message.replace(error.name, "it", 1)) from None
-    except (ValueError, RecursionError) as error: raise ScanNetError(path, "file", f"not JSON ({error})") from None
+    try:
+        records = _PROPOSALS(json.loads(path.read_bytes()))
+    except fastjsonschema.JsonSchemaValueException as error:
+        raise ScanNetError(path, error.name, error.message.replace(error.name, "it", 1)) from None
+    except (ValueError, RecursionError) as error:
+        raise ScanNetError(path, "file", f"not JSON ({error})") from None
     return tuple([record.get(field, 1.0) for record in records] for field in ("bbox_3d", "target", "score"))
+
 
 def _from_npz(path: Path) -> tuple:
     try:
-        with np.load(path, allow_pickle=False) as data: return tuple(data[name] for name in ("ins_boxes", "ins_labels", "ins_scores"))
+        with np.load(path, allow_pickle=False) as data:
+            return tuple(data[name] for name in ("ins_boxes", "ins_labels", "ins_scores"))
     except KeyError as error:
-        raise ScanNetError(path, "archive", f"{error.args[0].split()[0]} is missing, and lists of point clouds (ins_pcds) are pickled objects, which are not read", _CONVERT) from None
-    except Exception as error:     # NumPy raises whatever zipfile, zlib and its own header parser raise
-        problem = "holds pickled Python objects, or is no archive at all" if "pickle" in str(error) else f"is no readable archive ({error})"
+        raise ScanNetError(
+            path,
+            "archive",
+            f"{error.args[0].split()[0]} is missing, and lists of point clouds (ins_pcds) are pickled objects, which are not read",
+            _CONVERT,
+        ) from None
+    except Exception as error:  # NumPy raises whatever zipfile, zlib and its own header parser raise
+        problem = (
+            "holds pickled Python objects, or is no archive at all"
+            if "pickle" in str(error)
+            else f"is no readable archive ({error})"
+        )
         raise ScanNetError(path, "archive", problem, _CONVERT) from None
+
 
 def read_proposals(
     path: str | Path,  # .json or .npz of one scene
@@ -63,19 +99,27 @@ def read_proposals(
     "A detector's proposals; raises `ScanNetError` for a malformed file and for pickled objects."
     path = regular_file(path)
     boxes, labels, scores = _from_json(path) if path.suffix == ".json" else _from_npz(path)
-    try: boxes, scores = np.asarray(boxes, float).reshape(-1, 6), np.asarray(scores, float).reshape(-1)
-    except (ValueError, OverflowError): raise ScanNetError(path, "boxes and scores", "are not numbers, or not six per box") from None
+    try:
+        boxes, scores = np.asarray(boxes, float).reshape(-1, 6), np.asarray(scores, float).reshape(-1)
+    except (ValueError, OverflowError):
+        raise ScanNetError(path, "boxes and scores", "are not numbers, or not six per box") from None
     if not len(boxes) == len(labels) == len(scores):
-        raise ScanNetError(path, "length", f"{len(boxes)} boxes, {len(labels)} labels, {len(scores)} scores", "Give one of each per proposal")
+        raise ScanNetError(
+            path,
+            "length",
+            f"{len(boxes)} boxes, {len(labels)} labels, {len(scores)} scores",
+            "Give one of each per proposal",
+        )
     wrong = np.flatnonzero(~(np.isfinite(boxes).all(1) & (boxes[:, 3:] >= 0).all(1) & np.isfinite(scores)))
-    if len(wrong): raise ScanNetError(path, f"proposal {wrong[0]}", "has a number that is not finite, or a negative size")
+    if len(wrong):
+        raise ScanNetError(path, f"proposal {wrong[0]}", "has a number that is not finite, or a negative size")
     return Proposals(boxes, [str(label) for label in labels], scores)
 
 # %% ../../nbs/tasks/02_proposals.ipynb #3f9120f6
 def fuse(
-    depth: np.ndarray,            # (V, h, w) float [m], 0 = no measurement
-    color: np.ndarray,            # (V, H, W, 3) uint8
-    poses: np.ndarray,            # (V, 4, 4) camera-to-scan poses
+    depth: np.ndarray,  # (V, h, w) float [m], 0 = no measurement
+    color: np.ndarray,  # (V, H, W, 3) uint8
+    poses: np.ndarray,  # (V, 4, 4) camera-to-scan poses
     intrinsic_depth: np.ndarray,  # (4, 4) or (3, 3) [pixels]
     intrinsic_color: np.ndarray,  # (4, 4) or (3, 3) [pixels]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -106,17 +150,20 @@ def find_planes(
     return floor, walls
 
 # %% ../../nbs/tasks/02_proposals.ipynb #dec7fc0f
-_FORWARD = np.array(np.meshgrid([-1, 0, 1], [-1, 0, 1], [-1, 0, 1], indexing="ij")).reshape(3, -1).T[14:]    # half of the 26 neighbours
+_FORWARD = (
+    np.array(np.meshgrid([-1, 0, 1], [-1, 0, 1], [-1, 0, 1], indexing="ij")).reshape(3, -1).T[14:]
+)  # half of the 26 neighbours
+
 
 def voxel_graph(
-    points: np.ndarray,    # (N, 3) [m]
+    points: np.ndarray,  # (N, 3) [m]
     features: np.ndarray,  # (N, C)
-    size: float,           # edge of a voxel [m]
+    size: float,  # edge of a voxel [m]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     "Mean position (M, 3) and smoothed mean feature (M, C) of each voxel, the pairs (E, 2) of neighbours, and their differences in feature (E,)."
     cells = np.floor(points / size).astype(np.int64)
     cells -= cells.min(0) - 1
-    shape = cells.max(0) + 2                                                  # an empty border: neighbours never wrap around
+    shape = cells.max(0) + 2  # an empty border: neighbours never wrap around
     code, keys = pd.factorize(np.ravel_multi_index(cells.T, shape), sort=True)
     mean = np.stack([np.bincount(code, column) for column in np.c_[points, features].T], 1) / np.bincount(code)[:, None]
     pairs = []
@@ -133,12 +180,13 @@ def voxel_graph(
 # %% ../../nbs/tasks/02_proposals.ipynb #f5017943
 CUTS = 0.05, 0.08, 0.12, 0.2
 
+
 def component_extents(
-    centres: np.ndarray,     # (M, 3) voxel positions [m]
-    pairs: np.ndarray,       # (E, 2) neighbours
+    centres: np.ndarray,  # (M, 3) voxel positions [m]
+    pairs: np.ndarray,  # (E, 2) neighbours
     difference: np.ndarray,  # (E,) their difference in feature
-    least: int = 16,         # voxels that a component must have
-) -> np.ndarray:             # (K, 6) lowest and highest corner [m]
+    least: int = 16,  # voxels that a component must have
+) -> np.ndarray:  # (K, 6) lowest and highest corner [m]
     "Extents of the connected components of the voxel graph when edges above each of `CUTS` are removed."
     extents = [np.zeros((0, 6))]
     for cut in CUTS:
@@ -147,29 +195,34 @@ def component_extents(
         label = connected_components(graph, directed=False)[1]
         order, counts = np.argsort(label, kind="stable"), np.bincount(label)
         starts = np.cumsum(counts) - counts
-        extents.append(np.c_[np.minimum.reduceat(centres[order], starts), np.maximum.reduceat(centres[order], starts)][counts >= least])
+        extents.append(
+            np.c_[np.minimum.reduceat(centres[order], starts), np.maximum.reduceat(centres[order], starts)][
+                counts >= least
+            ]
+        )
     return np.concatenate(extents)
 
 # %% ../../nbs/tasks/02_proposals.ipynb #cd1a5410
 def distinct(
-    boxes: np.ndarray,     # (P, 6) [m]
-    most: float = 0.65,    # IoU above which two boxes are the same
-) -> np.ndarray:           # (Q, 6), largest first
+    boxes: np.ndarray,  # (P, 6) [m]
+    most: float = 0.65,  # IoU above which two boxes are the same
+) -> np.ndarray:  # (Q, 6), largest first
     "Boxes without near-duplicates."
     boxes = boxes[np.argsort(-boxes[:, 3:].prod(-1), kind="stable")]
     same = (box_iou(torch.from_numpy(boxes)[:, None], torch.from_numpy(boxes)[None]) > most).numpy()
     alive = np.ones(len(boxes), bool)
     for index in range(len(boxes)):
-        if alive[index]: alive[index + 1:] &= ~same[index, index + 1:]
+        if alive[index]:
+            alive[index + 1 :] &= ~same[index, index + 1 :]
     return boxes[alive]
 
 # %% ../../nbs/tasks/02_proposals.ipynb #67085de5
 def wall_extents(
-    points: np.ndarray,             # (N, 3) points near the wall [m]
-    colors: np.ndarray,             # (N, C)
-    wall: tuple[int, int, float],   # from `find_planes`
-    size: float,                    # edge of a voxel [m]
-) -> np.ndarray:                    # (K, 6) lowest and highest corner [m]
+    points: np.ndarray,  # (N, 3) points near the wall [m]
+    colors: np.ndarray,  # (N, C)
+    wall: tuple[int, int, float],  # from `find_planes`
+    size: float,  # edge of a voxel [m]
+) -> np.ndarray:  # (K, 6) lowest and highest corner [m]
     "Extents of what hangs on a wall or is let into it, from the wall's plane outwards and at least 3 cm thick."
     axis, side, at = wall
     flat = np.where(np.arange(3) == axis, 0.0, points)
@@ -183,19 +236,21 @@ def wall_extents(
 
 # %% ../../nbs/tasks/02_proposals.ipynb #be4b21fa
 def propose(
-    points: np.ndarray,                 # (N, 3) fused depth in the aligned frame [m]
-    colors: np.ndarray | None = None,   # (N, 3) in 0..1; None: geometry alone
-    size: float = 0.06,                 # edge of a voxel [m]
-) -> np.ndarray:                        # (P, 6) boxes [m], largest first
+    points: np.ndarray,  # (N, 3) fused depth in the aligned frame [m]
+    colors: np.ndarray | None = None,  # (N, 3) in 0..1; None: geometry alone
+    size: float = 0.06,  # edge of a voxel [m]
+) -> np.ndarray:  # (P, 6) boxes [m], largest first
     "Candidate objects from geometry and colour, without a detector; deterministic."
-    if not len(points): return np.zeros((0, 6))
-    colors = np.zeros((len(points), 1)) if colors is None else np.sqrt(colors)       # differences in the dark count as well
+    if not len(points):
+        return np.zeros((0, 6))
+    colors = np.zeros((len(points), 1)) if colors is None else np.sqrt(colors)  # differences in the dark count as well
     floor, walls = find_planes(points)
     free, extents = points[:, 2] > floor + 0.06, [np.zeros((0, 6))]
     for axis, side, at in walls:
         depth = at - side * points[:, axis]
         near = free & (depth < 0.12)
-        if near.any(): extents.append(wall_extents(points[near], colors[near], (axis, side, at), size))
+        if near.any():
+            extents.append(wall_extents(points[near], colors[near], (axis, side, at), size))
         free &= depth >= 0.06
     if free.any():
         centres, _, pairs, difference = voxel_graph(points[free], colors[free], size)
@@ -206,16 +261,17 @@ def propose(
         reaching = found[found[:, 2] < floor + 1.0]
         reaching[:, 2] = floor
         extents += [found[found[:, 2] >= floor + 0.3], reaching]
-    extents = np.concatenate(extents) + np.repeat([-0.01, 0.01], 3)                  # voxel means lie inside what they stand for
+    extents = np.concatenate(extents) + np.repeat([-0.01, 0.01], 3)  # voxel means lie inside what they stand for
     low, sizes = extents[:, :3], extents[:, 3:] - extents[:, :3]
     kept = (np.median(sizes, -1) > 0.15) & (sizes.max(-1) < 4)
     return distinct(np.c_[low + sizes / 2, sizes][kept])
 
 # %% ../../nbs/tasks/02_proposals.ipynb #1aad01fa
 def best_overlaps(
-    truth: np.ndarray,      # (N, 6) objects [m]
+    truth: np.ndarray,  # (N, 6) objects [m]
     proposals: np.ndarray,  # (P, 6) [m]
-) -> np.ndarray:            # (N,)
+) -> np.ndarray:  # (N,)
     "The highest IoU of each object with a proposal; 0 without any."
-    if not len(proposals): return np.zeros(len(truth))
+    if not len(proposals):
+        return np.zeros(len(truth))
     return box_iou(torch.as_tensor(truth)[:, None], torch.as_tensor(proposals)[None]).amax(-1).numpy()

@@ -8,99 +8,148 @@ __all__ = ['SCANREFER', 'SCANQA_TEST', 'SCANQA', 'SUBSET', 'PROMPTS', 'read_reco
            'scene_views', 'Sample', 'Samples']
 
 # %% ../../nbs/tasks/01_samples.ipynb #2810b65a
-import hashlib, json, re
+import hashlib
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-import fastjsonschema, numpy as np
+
+import fastjsonschema
+import numpy as np
+
 import w2r2
-from .answers import Bins, NineNumbers
 from ..scans.cameras import back_project
 from ..scans.files import ScanNetError, regular_file
 from ..scans.scan import Scan
 from ..scans.views import best_views, coverage_views, projected_areas, uniform_views, visible_pixels
+from .answers import Bins, NineNumbers
 
 # %% ../../nbs/tasks/01_samples.ipynb #11755e38
 _SCENE = {"type": "string", "pattern": "^scene[0-9]{4}_[0-9]{2}$"}
 _NUMBER = {"type": "string", "pattern": "^[0-9]+$"}
 _TEXT = {"type": "string", "minLength": 1}
 
-SCANREFER = {"type": "object", "required": ["scene_id", "object_id", "object_name", "ann_id", "description", "token"], "properties": {
-    "scene_id": _SCENE, "object_id": _NUMBER, "object_name": _TEXT, "ann_id": _NUMBER, "description": _TEXT,
-    "token": {"type": "array", "items": {"type": "string"}}}}
+SCANREFER = {
+    "type": "object",
+    "required": ["scene_id", "object_id", "object_name", "ann_id", "description", "token"],
+    "properties": {
+        "scene_id": _SCENE,
+        "object_id": _NUMBER,
+        "object_name": _TEXT,
+        "ann_id": _NUMBER,
+        "description": _TEXT,
+        "token": {"type": "array", "items": {"type": "string"}},
+    },
+}
 
-SCANQA_TEST = {"type": "object", "required": ["scene_id", "question_id", "question"], "properties": {
-    "scene_id": _SCENE, "question_id": _TEXT, "question": _TEXT,
-    "object_ids": {"type": "array", "items": {"type": "integer"}}, "object_names": {"type": "array", "items": {"type": "string"}},
-    "answers": {"type": "array", "items": _TEXT, "minItems": 1}}}
+SCANQA_TEST = {
+    "type": "object",
+    "required": ["scene_id", "question_id", "question"],
+    "properties": {
+        "scene_id": _SCENE,
+        "question_id": _TEXT,
+        "question": _TEXT,
+        "object_ids": {"type": "array", "items": {"type": "integer"}},
+        "object_names": {"type": "array", "items": {"type": "string"}},
+        "answers": {"type": "array", "items": _TEXT, "minItems": 1},
+    },
+}
 
 SCANQA = SCANQA_TEST | {"required": [*SCANQA_TEST["required"], "object_ids", "object_names", "answers"]}
 
 # %% ../../nbs/tasks/01_samples.ipynb #ac46f4ba
 def read_records(
     path: str | Path,  # a JSON file that holds a list
-    schema: dict,      # JSON schema of one record
+    schema: dict,  # JSON schema of one record
 ) -> list[dict]:
     "The records of a benchmark file; raises `ScanNetError` naming the record and the field that differs from the schema."
     path, check = regular_file(path), fastjsonschema.compile(schema)
-    try: records = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error: raise ScanNetError(path, "file", f"not JSON ({error})") from None
+    try:
+        records = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ScanNetError(path, "file", f"not JSON ({error})") from None
     if not isinstance(records, list):
-        raise ScanNetError(path, "file", f"holds one JSON {type(records).__name__} and not a list of records", "Use the benchmark's own file")
+        raise ScanNetError(
+            path,
+            "file",
+            f"holds one JSON {type(records).__name__} and not a list of records",
+            "Use the benchmark's own file",
+        )
     for number, record in enumerate(records):
-        try: check(record)
+        try:
+            check(record)
         except fastjsonschema.JsonSchemaValueException as error:
             missing = [field for field in schema["required"] if isinstance(record, dict) and field not in record]
             problem = f"no field {missing[0]!r}" if missing else error.message.replace("data.", "", 1)
-            raise ScanNetError(path, f"record {number} ({_name(record)})", problem, "Use the benchmark's own file, or correct the record") from None
+            raise ScanNetError(
+                path,
+                f"record {number} ({_name(record)})",
+                problem,
+                "Use the benchmark's own file, or correct the record",
+            ) from None
     return records
+
 
 def _name(record) -> str:
     "What a reader would look for in the file to find this record."
-    fields = [record[field] for field in ("scene_id", "object_id", "ann_id", "question_id") if field in record] if isinstance(record, dict) else [record]
+    fields = (
+        [record[field] for field in ("scene_id", "object_id", "ann_id", "question_id") if field in record]
+        if isinstance(record, dict)
+        else [record]
+    )
     return " ".join(map(str, fields))[:60]
 
 # %% ../../nbs/tasks/01_samples.ipynb #05f2a03a
 @dataclass(frozen=True)
 class Report:
     "What became of the records of one file."
-    file: str              # where they came from
-    records: int           # how many it holds
-    unknown: Counter       # scene id -> records left out because the scene is not at hand
+
+    file: str  # where they came from
+    records: int  # how many it holds
+    unknown: Counter  # scene id -> records left out because the scene is not at hand
     duplicates: list[str]  # ids that came again; only the first record of an id is used
 
     @property
-    def used(self) -> int: return self.records - self.unknown.total() - len(self.duplicates)
+    def used(self) -> int:
+        return self.records - self.unknown.total() - len(self.duplicates)
 
     def __str__(self):
-        return f"{self.file}: {self.used:,} of {self.records:,} records used; {self.unknown.total():,} are of {len(self.unknown)} scenes that are not at hand" \
-               f"{' (' + ', '.join(sorted(self.unknown)[:3]) + (', …' if len(self.unknown) > 3 else '') + ')' if self.unknown else ''}; " \
-               f"{len(self.duplicates):,} are duplicates{' (' + ', '.join(self.duplicates[:3]) + (', …' if len(self.duplicates) > 3 else '') + ')' if self.duplicates else ''}"
+        return (
+            f"{self.file}: {self.used:,} of {self.records:,} records used; {self.unknown.total():,} are of {len(self.unknown)} scenes that are not at hand"
+            f"{' (' + ', '.join(sorted(self.unknown)[:3]) + (', …' if len(self.unknown) > 3 else '') + ')' if self.unknown else ''}; "
+            f"{len(self.duplicates):,} are duplicates{' (' + ', '.join(self.duplicates[:3]) + (', …' if len(self.duplicates) > 3 else '') + ')' if self.duplicates else ''}"
+        )
+
 
 def select(
-    path: str | Path,                  # named in the report
+    path: str | Path,  # named in the report
     records: list[dict],
-    scenes: Collection[str] | None,    # scenes at hand; None: do not ask
-    key: Callable[[dict], str],        # the id of a record
+    scenes: Collection[str] | None,  # scenes at hand; None: do not ask
+    key: Callable[[dict], str],  # the id of a record
 ) -> tuple[list[dict], Report]:
     "The first record of every id whose scene is at hand, and a report of the others."
     first, unknown, duplicates = {}, Counter(), []
     for record in records:
-        if scenes is not None and record["scene_id"] not in scenes: unknown[record["scene_id"]] += 1
-        elif key(record) in first: duplicates.append(key(record))
-        else: first[key(record)] = record
+        if scenes is not None and record["scene_id"] not in scenes:
+            unknown[record["scene_id"]] += 1
+        elif key(record) in first:
+            duplicates.append(key(record))
+        else:
+            first[key(record)] = record
     return list(first.values()), Report(str(path), len(records), unknown, duplicates)
 
 # %% ../../nbs/tasks/01_samples.ipynb #4e23991b
 def _key(record: dict, last: str) -> str:
     "Scene, object and one more field, as the published scripts join them."
-    return f'{record["scene_id"]}|{record["object_id"]}|{record[last]}'
+    return f"{record['scene_id']}|{record['object_id']}|{record[last]}"
+
 
 def read_scanrefer(
-    path: str | Path,                        # ScanRefer_filtered_train.json, _val.json, or a file of the embedded benchmark
-    scenes: Collection[str] | None = None,   # scenes at hand; None: do not ask
+    path: str | Path,  # ScanRefer_filtered_train.json, _val.json, or a file of the embedded benchmark
+    scenes: Collection[str] | None = None,  # scenes at hand; None: do not ask
 ) -> tuple[list[dict], Report]:
     "The descriptions of ScanRefer; raises `ScanNetError` for a malformed file."
     return select(path, read_records(path, SCANREFER), scenes, lambda record: _key(record, "ann_id"))
@@ -108,7 +157,9 @@ def read_scanrefer(
 # %% ../../nbs/tasks/01_samples.ipynb #99a81084
 def captioned_objects(
     annotations: list[dict],  # ScanRefer's descriptions
-) -> list[dict]:              # per object: scene_id, object_id, object_name and `annotations`, its descriptions in the order of the list
+) -> list[
+    dict
+]:  # per object: scene_id, object_id, object_name and `annotations`, its descriptions in the order of the list
     "The objects of Scan2Cap with all their descriptions, in the order of first mention."
     objects = {}
     for record in annotations:
@@ -118,114 +169,154 @@ def captioned_objects(
 
 # %% ../../nbs/tasks/01_samples.ipynb #ec535fd6
 def read_scanqa(
-    path: str | Path,                       # ScanQA_v1.0_train.json, _val.json, _test_w_obj.json, _test_wo_obj.json
+    path: str | Path,  # ScanQA_v1.0_train.json, _val.json, _test_w_obj.json, _test_wo_obj.json
     scenes: Collection[str] | None = None,  # scenes at hand; None: do not ask
-    test: bool = False,                     # a test file: answers and objects may be missing
+    test: bool = False,  # a test file: answers and objects may be missing
 ) -> tuple[list[dict], Report]:
     "The questions of ScanQA; raises `ScanNetError` for a malformed file."
-    return select(path, read_records(path, SCANQA_TEST if test else SCANQA), scenes, lambda record: record["question_id"])
+    return select(
+        path, read_records(path, SCANQA_TEST if test else SCANQA), scenes, lambda record: record["question_id"]
+    )
 
 # %% ../../nbs/tasks/01_samples.ipynb #22163b8d
 SUBSET = Path(w2r2.__file__).parents[1] / "data" / "protocols" / "scanrefer250.json"
+
 
 def digest(text: str) -> str:
     "The first 16 hex digits of the SHA-256 of a text's lower-case letters and digits."
     return hashlib.sha256(re.sub("[^a-z0-9]", "", text.lower()).encode()).hexdigest()[:16]
 
+
 def published_subset(
-    annotations: list[dict],      # ScanRefer's validation list
-    path: str | Path = SUBSET,    # queries as [scene_id, object_id, digest]
+    annotations: list[dict],  # ScanRefer's validation list
+    path: str | Path = SUBSET,  # queries as [scene_id, object_id, digest]
 ) -> tuple[list[dict], list[list[str]]]:
     "The queries of a published subset, in its order, and those that `annotations` does not have."
     queries = json.loads(regular_file(path).read_bytes())["queries"]
     known = {}
-    for record in annotations: known.setdefault((record["scene_id"], record["object_id"], digest(record["description"])), record)
-    return [known[tuple(query)] for query in queries if tuple(query) in known], [query for query in queries if tuple(query) not in known]
+    for record in annotations:
+        known.setdefault((record["scene_id"], record["object_id"], digest(record["description"])), record)
+    return [known[tuple(query)] for query in queries if tuple(query) in known], [
+        query for query in queries if tuple(query) not in known
+    ]
 
 # %% ../../nbs/tasks/01_samples.ipynb #16bb82d7
 def choose_frames(
     scan: Scan,
-    n: int,                     # frames wanted
+    n: int,  # frames wanted
     sampling: str = "uniform",  # or "coverage", see `coverage_views`
-    seed: int = 0,              # draws among equals
-) -> np.ndarray:                # positions in `scan.frames`, increasing
+    seed: int = 0,  # draws among equals
+) -> np.ndarray:  # positions in `scan.frames`, increasing
     "Frames with a pose for a model to see; raises ValueError for an unknown sampling and `ScanNetError` for a scan without any."
     valid = scan.frames.valid
-    if not len(valid): raise ScanNetError(scan.folder, "recording", "no frame has a pose", "Leave the scan out")
-    if sampling == "uniform": return valid[uniform_views(len(valid), n)]
-    if sampling != "coverage": raise ValueError(f"no view sampling {sampling!r}; there are uniform and coverage")
+    if not len(valid):
+        raise ScanNetError(scan.folder, "recording", "no frame has a pose", "Leave the scan out")
+    if sampling == "uniform":
+        return valid[uniform_views(len(valid), n)]
+    if sampling != "coverage":
+        raise ValueError(f"no view sampling {sampling!r}; there are uniform and coverage")
     candidates = valid[uniform_views(len(valid), 200)]
     step = max(1, scan.frames.header.depth_size[0] // 80)
-    points = [back_project(frame.depth_metres, scan.intrinsic_depth, frame.pose)[::step, ::step].reshape(-1, 3) for frame in scan.views(candidates)]
+    points = [
+        back_project(frame.depth_metres, scan.intrinsic_depth, frame.pose)[::step, ::step].reshape(-1, 3)
+        for frame in scan.views(candidates)
+    ]
     return np.sort(candidates[coverage_views(np.stack(points), n, rng=seed)[0]])
 
 # %% ../../nbs/tasks/01_samples.ipynb #c2ecb262
 @dataclass(frozen=True)
 class SceneViews:
     "The frames of a scan that a model sees, and its objects."
-    frames: np.ndarray            # (V,) positions in `Scan.frames`
-    poses: np.ndarray             # (V, 4, 4) camera-to-world in the aligned frame [m]
+
+    frames: np.ndarray  # (V,) positions in `Scan.frames`
+    poses: np.ndarray  # (V, 4, 4) camera-to-world in the aligned frame [m]
     boxes: dict[int, np.ndarray]  # object id -> (6,) box in the aligned frame [m]; empty for a scan without annotation
-    best: dict[int, int]          # object id -> the view that shows it best, -1 if none does
+    best: dict[int, int]  # object id -> the view that shows it best, -1 if none does
+
 
 @lru_cache(maxsize=256)
 def scene_views(
-    root: Path,                 # of the ScanNet release
+    root: Path,  # of the ScanNet release
     scene_id: str,
-    n: int,                     # views
+    n: int,  # views
     sampling: str = "uniform",  # see `choose_frames`
 ) -> SceneViews:
     "The views and objects of a scan; remembered, since many records share them."
     with Scan(root, scene_id) as scan:
         frames = choose_frames(scan, n, sampling)
         poses = scan.axis_alignment @ scan.frames.poses[frames]
-        if not scan.file(".aggregation.json").is_file(): return SceneViews(frames, poses, {}, {})
+        if not scan.file(".aggregation.json").is_file():
+            return SceneViews(frames, poses, {}, {})
         ids = scan.object_ids
         if any(scan.file(suffix).is_file() for suffix in ("_2d-instance-filt.zip", "_2d-instance.zip")):
             numbers = [scan.frames[frame].index for frame in frames.tolist()]
             missing = [number for number in numbers if number not in scan.instance_images]
-            if missing: raise ScanNetError(scan.folder, f"frame {missing[0]}", "has no instance image", "Download the 2d-instance archive of this scan again, or remove it")
+            if missing:
+                raise ScanNetError(
+                    scan.folder,
+                    f"frame {missing[0]}",
+                    "has no instance image",
+                    "Download the 2d-instance archive of this scan again, or remove it",
+                )
             images = np.stack([scan.instance_images[number] for number in numbers])
             scores = visible_pixels(images, max(int(images.max()), int(ids.max()) + 1))[:, ids]
-        else: scores = projected_areas(scan.boxes, poses, scan.intrinsic_color, scan.frames.header.color_size)
-        return SceneViews(frames, poses, dict(zip(ids.tolist(), scan.boxes)), dict(zip(ids.tolist(), best_views(scores).tolist())))
+        else:
+            scores = projected_areas(scan.boxes, poses, scan.intrinsic_color, scan.frames.header.color_size)
+        return SceneViews(
+            frames, poses, dict(zip(ids.tolist(), scan.boxes)), dict(zip(ids.tolist(), best_views(scores).tolist()))
+        )
 
 # %% ../../nbs/tasks/01_samples.ipynb #79f87d11
 PROMPTS = {
     "scanrefer": "The views show one scene. Name the view that shows the described object best, and give the object's box in that view. Description: {text}",
     "scan2cap": "The views show one scene. Describe the object at {text} in detail.",
-    "scanqa": "The views show one scene. Answer with a word or a short phrase. Question: {text}"}
+    "scanqa": "The views show one scene. Answer with a word or a short phrase. Question: {text}",
+}
+
 
 @dataclass(frozen=True)
 class Sample:
     "One record of a task, ready for a model."
-    task: str                     # "scanrefer", "scan2cap" or "scanqa"
-    id: str                       # unique within its task
+
+    task: str  # "scanrefer", "scan2cap" or "scanqa"
+    id: str  # unique within its task
     scene_id: str
-    frames: np.ndarray            # (V,) positions in `Scan.frames` of the views to show
-    poses: np.ndarray             # (V, 4, 4) camera-to-world in the aligned frame [m]
-    text: str                     # description, place of the object, or question
-    prompt: str                   # the text within the task's instruction
-    references: tuple[str, ...]   # accepted texts: descriptions of the object, or answers; empty for a test question
-    object_ids: tuple[int, ...]   # objects the record is about
-    box: np.ndarray | None        # (6,) wanted (ScanRefer) or given (Scan2Cap) box in the aligned frame [m]
-    view: int                     # the view that shows the object best; -1 if none does or there is no box
-    answer: str | None            # text to learn; None if no view shows the object, or there is no answer
+    frames: np.ndarray  # (V,) positions in `Scan.frames` of the views to show
+    poses: np.ndarray  # (V, 4, 4) camera-to-world in the aligned frame [m]
+    text: str  # description, place of the object, or question
+    prompt: str  # the text within the task's instruction
+    references: tuple[str, ...]  # accepted texts: descriptions of the object, or answers; empty for a test question
+    object_ids: tuple[int, ...]  # objects the record is about
+    box: np.ndarray | None  # (6,) wanted (ScanRefer) or given (Scan2Cap) box in the aligned frame [m]
+    view: int  # the view that shows the object best; -1 if none does or there is no box
+    answer: str | None  # text to learn; None if no view shows the object, or there is no answer
+
 
 class Samples:
     "The records of a task as samples, made on access: `len(samples)`, `samples[i]`, iteration."
-    def __init__(self,
-        task: str,               # "scanrefer", "scan2cap" or "scanqa"
-        records: list[dict],     # from `read_scanrefer`, `captioned_objects` or `read_scanqa`
-        root: str | Path,        # of the ScanNet release that holds the scans
-        views: int = 6,          # frames per scene
-        sampling: str = "uniform",                  # see `choose_frames`
-        codec: Bins | NineNumbers = Bins(),         # how boxes are said
-    ):
-        if task not in PROMPTS: raise ValueError(f"no task {task!r}; there are {', '.join(PROMPTS)}")
-        self.task, self.records, self.root, self.views, self.sampling, self.codec = task, records, Path(root), views, sampling, codec
 
-    def __len__(self): return len(self.records)
+    def __init__(
+        self,
+        task: str,  # "scanrefer", "scan2cap" or "scanqa"
+        records: list[dict],  # from `read_scanrefer`, `captioned_objects` or `read_scanqa`
+        root: str | Path,  # of the ScanNet release that holds the scans
+        views: int = 6,  # frames per scene
+        sampling: str = "uniform",  # see `choose_frames`
+        codec: Bins | NineNumbers = Bins(),  # how boxes are said
+    ):
+        if task not in PROMPTS:
+            raise ValueError(f"no task {task!r}; there are {', '.join(PROMPTS)}")
+        self.task, self.records, self.root, self.views, self.sampling, self.codec = (
+            task,
+            records,
+            Path(root),
+            views,
+            sampling,
+            codec,
+        )
+
+    def __len__(self):
+        return len(self.records)
 
     def __getitem__(self, i: int) -> Sample:
         "Raises `ScanNetError` for a scan that cannot be read, and for an object that it does not have."
@@ -238,15 +329,37 @@ class Samples:
             box, view = self._target(scene, record)
             ids, said = (int(record["object_id"]),), self.codec.write(max(view, 0), box, scene.poses)
             if self.task == "scanrefer":
-                name, text, references, answer = _key(record, "ann_id"), record["description"], (record["description"],), said if view >= 0 else None
+                name, text, references, answer = (
+                    _key(record, "ann_id"),
+                    record["description"],
+                    (record["description"],),
+                    said if view >= 0 else None,
+                )
             else:
                 references = tuple(row["description"] for row in record["annotations"])
                 name, text, answer = _key(record, "object_name"), said, references[0]
-        return Sample(self.task, name, record["scene_id"], scene.frames, scene.poses, text, PROMPTS[self.task].format(text=text), references, ids, box, view, answer)
+        return Sample(
+            self.task,
+            name,
+            record["scene_id"],
+            scene.frames,
+            scene.poses,
+            text,
+            PROMPTS[self.task].format(text=text),
+            references,
+            ids,
+            box,
+            view,
+            answer,
+        )
 
     def _target(self, scene: SceneViews, record: dict) -> tuple[np.ndarray, int]:
         number = int(record["object_id"])
         if number not in scene.boxes:
-            raise ScanNetError(self.root, f'{record["scene_id"]}, object {number}', f"is described as {record['object_name']!r}, but the scan has no such object",
-                               "Use scans and descriptions of the same release")
+            raise ScanNetError(
+                self.root,
+                f"{record['scene_id']}, object {number}",
+                f"is described as {record['object_name']!r}, but the scan has no such object",
+                "Use scans and descriptions of the same release",
+            )
         return scene.boxes[number], scene.best[number]
