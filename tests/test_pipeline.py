@@ -8,23 +8,22 @@ import nbformat
 import pytest
 import yaml
 
+from w2r2.code import stage_lines
 from w2r2.method.objectives import READINGS
 from w2r2.method.trainer import W2R2Config
-from w2r2.study.experiments import plan, sources
+from w2r2.study.experiments import plan
 
 ROOT = Path(__file__).parents[1]
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8").replace("${nbs}", "nbs/pipeline"))
+STAGES = PIPELINE["stages"]
 PARAMS = {name: yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) for name in ("params.yaml", "params.ci.yaml")}
-IN_WORKERS = {
-    "diagnose": ["finetuning"],
-    "train": ["finetuning"],
-    "evaluate": ["evaluation"],
-}  # named in jobs, not imported
+NOTEBOOKS = {
+    name: found[0] for name, stage in STAGES.items() if (found := re.findall(r"nbs/pipeline/\w+\.ipynb", stage["cmd"]))
+}
 
 
 def notebook(stage):
-    path = next(dep for dep in STAGES[stage]["deps"] if dep.startswith("nbs/pipeline/"))
-    return nbformat.read(ROOT / path, 4)
+    return nbformat.read(ROOT / NOTEBOOKS[stage], 4)
 
 
 def value(params, name):
@@ -33,14 +32,15 @@ def value(params, name):
     return params
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_stage_depends_on_every_module_it_uses(stage):
-    code = "\n".join(cell.source for cell in notebook(stage).cells if cell.cell_type == "code")
-    imported = re.findall(r"^from w2r2\.(\w+) import", code, re.M) + re.findall(r"^from w2r2 import (\w+)$", code, re.M)
-    needed = {f"w2r2/{path.name}" for path in sources(*imported, *IN_WORKERS.get(stage, []))}
-    assert needed <= set(STAGES[stage]["deps"]), (
-        f"add to the deps of {stage}: {sorted(needed - set(STAGES[stage]['deps']))}"
-    )
+@pytest.mark.parametrize("stage", NOTEBOOKS)
+def test_stage_depends_on_its_code(stage):
+    code = f"build/code/{Path(NOTEBOOKS[stage]).stem}.txt"
+    assert code in STAGES["code"]["outs"] and (stage == "backbone" or code in STAGES[stage]["deps"])
+    assert stage_lines(ROOT / NOTEBOOKS[stage])
+
+
+def test_dvc_yaml_fits_on_two_screens():
+    assert len((ROOT / "dvc.yaml").read_text(encoding="utf-8").splitlines()) < 140
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -55,7 +55,7 @@ def test_stage_names_parameters_that_exist(stage, file):
     }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", NOTEBOOKS)
 def test_stage_passes_parameters_that_the_notebook_declares(stage):
     cells = [cell for cell in notebook(stage).cells if "parameters" in cell.metadata.get("tags", [])]
     declared = re.findall(r"^(\w+) =", cells[0].source, re.M)
