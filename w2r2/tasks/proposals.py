@@ -175,7 +175,8 @@ def voxel_graph(
     both, count = np.concatenate([pairs, pairs[:, ::-1]]), len(keys)
     smooth = mean[:, 3:] + np.stack([np.bincount(both[:, 0], column[both[:, 1]], count) for column in mean[:, 3:].T], 1)
     smooth /= 1 + np.bincount(both[:, 0], minlength=count)[:, None]
-    return mean[:, :3], smooth, pairs, np.linalg.norm(smooth[pairs[:, 0]] - smooth[pairs[:, 1]], axis=-1)
+    difference = np.linalg.norm(smooth[pairs[:, 0]] - smooth[pairs[:, 1]], axis=-1)
+    return mean[:, :3], smooth, pairs, np.round(difference, 6)  # compared with thresholds: see `propose`
 
 # %% ../../nbs/tasks/02_proposals.ipynb #f5017943
 CUTS = 0.05, 0.08, 0.12, 0.2
@@ -208,8 +209,8 @@ def distinct(
     most: float = 0.65,  # IoU above which two boxes are the same
 ) -> np.ndarray:  # (Q, 6), largest first
     "Boxes without near-duplicates."
-    boxes = boxes[np.argsort(-boxes[:, 3:].prod(-1), kind="stable")]
-    same = (box_iou(torch.from_numpy(boxes)[:, None], torch.from_numpy(boxes)[None]) > most).numpy()
+    boxes = boxes[np.argsort(-np.round(boxes[:, 3:].prod(-1), 9), kind="stable")]
+    same = np.round(box_iou(torch.from_numpy(boxes)[:, None], torch.from_numpy(boxes)[None]).numpy(), 6) > most
     alive = np.ones(len(boxes), bool)
     for index in range(len(boxes)):
         if alive[index]:
@@ -240,9 +241,11 @@ def propose(
     colors: np.ndarray | None = None,  # (N, 3) in 0..1; None: geometry alone
     size: float = 0.06,  # edge of a voxel [m]
 ) -> np.ndarray:  # (P, 6) boxes [m], largest first
-    "Candidate objects from geometry and colour, without a detector; deterministic."
+    """Candidate objects from geometry and colour, without a detector. Deterministic, and the same on every processor: what
+    is compared with a threshold is rounded first, so that the last digits of the points decide nothing."""
     if not len(points):
         return np.zeros((0, 6))
+    points = np.round(points * 4096) / 4096  # a quarter of a millimetre
     colors = np.zeros((len(points), 1)) if colors is None else np.sqrt(colors)  # differences in the dark count as well
     floor, walls = find_planes(points)
     free, extents = points[:, 2] > floor + 0.06, [np.zeros((0, 6))]
