@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from w2r2.method.trainer import W2R2Config, W2R2Trainer, check_one_thread, last_checkpoint
+from w2r2.method.trainer import W2R2Config, W2R2Trainer, last_checkpoint
 from w2r2.model.backbone import build_tokenizer, tiny_config
 from w2r2.model.features import Features, Queries, encode, tokenise
 from w2r2.model.fused import FusedConfig, FusedVLM
 from w2r2.model.packing import Packer
 from w2r2.model.scenes import Collator, Scenes
 from w2r2.scans.prepared import prepare as prepare_views
+from w2r2.study.jobs import check_one_thread
 from w2r2.tasks.answers import Bins
 from w2r2.tasks.samples import read_scanqa, read_scanrefer
 

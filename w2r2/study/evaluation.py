@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from ..method.trainer import check_one_thread
 from ..metrics import measures
 from ..metrics.accuracy import unique_multiple
 from ..metrics.floors import class_boxes, language_prior, largest_object, question_prior, random_box, random_proposal
@@ -31,6 +30,7 @@ from ..scans.annotations import LabelTable
 from ..scans.files import atomic_write
 from ..scans.prepared import Prepared
 from .diagnose import PASSES, displacements
+from .jobs import check_one_thread
 from .latent import latent_geometry, token_states
 from .predict import Predictions, answer
 from ..tasks.proposals import fuse, propose, refine

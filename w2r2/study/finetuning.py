@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from ..method.trainer import W2R2Config, W2R2Trainer, check_one_thread, last_checkpoint
+from ..method.trainer import W2R2Config, W2R2Trainer, last_checkpoint
 from ..model.checkpoint import load, save
 from ..model.features import Features, Queries
 from ..model.fusion import Fusion
 from ..model.scenes import Collator, Scenes
+from .jobs import check_one_thread
 
 # %% ../../nbs/study/06_finetuning.ipynb #c6314a44
 class Progress(TrainerCallback):

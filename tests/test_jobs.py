@@ -1,0 +1,155 @@
+"""What happens to workers when the program that started them ends, and to the jobs when a worker does."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from w2r2.scans.files import exclusive
+from w2r2.study.jobs import ENVIRONMENT, Job, execute
+
+ROOT = Path(__file__).parents[1]
+WORK = """
+import os, time
+
+def count(settings, folder, tell):
+    start = len((folder / "seen").read_text().splitlines()) if (folder / "seen").exists() else 0
+    for number in range(start, settings["to"]):
+        with open(folder / "seen", "a") as seen: print(os.getpid(), file=seen)
+        time.sleep(0.05)
+        tell(number + 1)
+    return start
+
+def die_once(settings, folder, tell):
+    if not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), 9)
+    return "lived"
+"""
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    (tmp_path / "counted.py").write_text(WORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    return tmp_path
+
+
+def wait(condition, seconds=90):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.05)
+
+
+def seen(folder):
+    return (folder / "seen").read_text().split() if (folder / "seen").exists() else []
+
+
+def ended(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def long_program(folder, log):
+    program = folder.parent / "program.py"
+    program.write_text(
+        "from pathlib import Path\nfrom w2r2.study.jobs import Job, execute\nif __name__ == '__main__':\n"
+        f"    execute([Job('long', 'counted:count', {{'to': 60}}, Path({str(folder)!r}), 60)])\n"
+    )
+    with open(log, "w") as errors:
+        process = subprocess.Popen([sys.executable, str(program)], stderr=errors, cwd=ROOT)
+    wait(lambda: len(seen(folder)) > 3)
+    return process
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_program_and_the_job_goes_on(counted, sent):
+    folder = counted / "long"
+    process = long_program(folder, counted / "log")
+    process.send_signal(sent)
+    process.wait()
+    if Path("/proc").is_dir():
+        wait(lambda: ended(seen(folder)[0]))
+    done = len(seen(folder))
+    assert done < 60
+    job = Job("long", "counted:count", {"to": 60}, folder, 60)
+    assert not job.finished and execute([job]) == 1
+    assert job.result == done and len(set(seen(folder))) == 2
+
+
+def test_a_second_program_is_refused(counted):
+    folder = counted / "long"
+    process = long_program(folder, counted / "log")
+    with pytest.raises(RuntimeError, match="another process is writing here"):
+        execute([Job("long", "counted:count", {"to": 60}, folder, 60)], workers=0)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with exclusive(counted):  # of the folder above, which nobody holds
+        pass
+
+
+def test_the_job_of_a_killed_worker_goes_on(counted):
+    jobs = [
+        Job(f"job {n}", f"counted:{'die_once' if n == 1 else 'count'}", {"to": 2}, counted / str(n)) for n in range(4)
+    ]
+    assert execute(jobs, workers=2) == 4
+    assert [job.result for job in jobs] == [0, "lived", 0, 0]
+
+
+@contextmanager
+def cluster(folder, workers):
+    "A scheduler and workers that were started by hand; yields its address and the processes of the workers."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    environment, started = os.environ | ENVIRONMENT, []
+
+    def start(*command):
+        command = [sys.executable, "-m", "dask", *command]
+        with open(folder / "dask.log", "a") as log:
+            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder))
+
+    try:
+        start("scheduler", "--host", "127.0.0.1", "--port", address.rpartition(":")[2], "--no-dashboard")
+        for _ in range(workers):
+            start(
+                "worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(folder)
+            )
+        yield address, started[1:]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def test_workers_that_were_started_separately(counted):
+    "Two of them, one killed halfway: every job is done, and the one that was lost goes on where it was."
+    jobs = [Job(f"job {n}", "counted:count", {"to": 40}, counted / str(n), 40) for n in range(4)]
+    with cluster(counted, 2) as (address, workers):
+        killer = subprocess.Popen(
+            [sys.executable, "-c", KILLER, str(counted), str(workers[0].pid)],
+        )
+        assert execute(jobs, scheduler=address) == 4
+        killer.wait()
+    assert all(job.finished for job in jobs)
+    lost = [job for job in jobs if len(set(seen(job.folder))) == 2]
+    assert len(lost) == 1 and lost[0].result > 0 and len(seen(lost[0].folder)) == 40
+
+
+KILLER = """
+import os, sys, time
+from pathlib import Path
+folder, worker = Path(sys.argv[1]), sys.argv[2]
+while not any(worker in path.read_text().split()[9:] for path in folder.glob("[0-9]/seen")): time.sleep(0.05)
+os.kill(int(worker), 9)
+"""
