@@ -37,7 +37,9 @@ def pairs(
     "Every number of the runs that both sides have, side by side."
     here, there = (side[~side.metric.str.contains(TIMING)] for side in (results, reference))
     shared = here[RUN].drop_duplicates().merge(there[RUN].drop_duplicates())
-    both = there.merge(shared).merge(here.merge(shared), how="outer", on=[*CELL, "seed"], suffixes=("", "_here"), sort=False)
+    both = there.merge(shared).merge(
+        here.merge(shared), how="outer", on=[*CELL, "seed"], suffixes=("", "_here"), sort=False
+    )
     both["n"] = both.n.fillna(both.n_here)
     return both.rename(columns={"value": "reference", "value_here": "here"})[[*CELL, "seed", "n", "reference", "here"]]
 
@@ -77,7 +79,9 @@ def deviations(
     share = np.sqrt(np.clip(value * (1 - value), 0, None).clip(0.5 / cells.n) / cells.n)
     deviation = np.where(floor & np.isnan(deviation), np.where(value <= 1, share, ASSUMED * value), deviation)
     deviation = np.where(np.isnan(deviation), ASSUMED * np.abs(value), deviation)
-    return pd.DataFrame({"deviation": deviation, "freedom": np.where(np.isnan(freedom), 30, freedom)}, index=cells.index)
+    return pd.DataFrame(
+        {"deviation": deviation, "freedom": np.where(np.isnan(freedom), 30, freedom)}, index=cells.index
+    )
 
 # %% ../../nbs/report/06_verdict.ipynb #9de900a2
 IDENTICAL, EQUIVALENT, UNDECIDED, DIFFERENT, MISSING, NEW = (
@@ -135,7 +139,10 @@ def against_plain_words(
     "For each arm, regime, split and metric of grounding: the word for its difference from plain fine-tuning of equal length, at two standard errors."
     frame = results.assign(scale=scale)
     frame = frame[
-        (frame["pass"] == "fused") & (frame.task == "scanrefer") & frame.metric.isin(["Acc@0.25", "Acc@0.5"]) & (frame.proposals == "no")
+        (frame["pass"] == "fused")
+        & (frame.task == "scanrefer")
+        & frame.metric.isin(["Acc@0.25", "Acc@0.5"])
+        & (frame.proposals == "no")
     ]
     plain = frame[frame.arm.str.startswith("plain")]
     both = frame[~frame.arm.str.startswith("plain")].merge(
@@ -198,7 +205,10 @@ def judge_table(
 ) -> pd.DataFrame:  # as from `judge_cells`: metric = file, arm = row, pass = column
     "One row for each number of a table that both sides have; a row that only one has belongs to a run that the other has not."
     old, new = (_read_table(file) for file in (reference, path))
-    rows, columns = old.index.intersection(new.index), [c for c in old if c in new and not pd.Series([c]).str.contains(TIMING).any()]
+    rows, columns = (
+        old.index.intersection(new.index),
+        [c for c in old if c in new and not pd.Series([c]).str.contains(TIMING).any()],
+    )
     found = []
     for row, column in product(rows, columns):
         before, here = old.at[row, column], new.at[row, column]
@@ -214,12 +224,15 @@ def _read_table(path: Path) -> pd.DataFrame:
     "Numbers; the index is a text that names the row."
     wide = pd.read_csv(path, float_precision="round_trip")
     labels = [c for c in wide if c in RUN or c == "x" or not pd.api.types.is_numeric_dtype(wide[c])]
-    names = [", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row if v == v) for row in wide[labels].itertuples(index=False)]
+    names = [
+        ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row if v == v)
+        for row in wide[labels].itertuples(index=False)
+    ]
     repeat = pd.Series(names).groupby(names).cumcount()
     names = [f"{name}, again {k}" if k else name for name, k in zip(names, repeat)]
     return wide.drop(columns=labels).set_index(pd.Index(names, name="row"))
 
-# %% ../../nbs/report/06_verdict.ipynb #8cffae04
+# %% ../../nbs/report/06_verdict.ipynb #014f05dc
 @dataclass(frozen=True)
 class Verdict:
     "What a rerun says about the committed results."
@@ -229,6 +242,10 @@ class Verdict:
     cells: pd.DataFrame  # from `judge_cells`, with the numbers of other tables
     statements: pd.DataFrame  # from `judge_statements`
     not_run: int  # committed numbers of runs that the rerun does not have
+
+    @property
+    def mode(self) -> str:
+        return "identical" if self.exact else "statements"
 
     @property
     def passed(self) -> bool:
@@ -254,14 +271,23 @@ def report_verdict(
     here, there = _machine(reports), _machine(reference)
     exact = alike(here, there)
     new, old = (read_results(folder / "results.csv") for folder in (reports, reference))
-    names = sorted(p.name for p in (reference / "tables").glob("*.csv") if (reports / "tables" / p.name).is_file() and (exact or p.name in DATA))
+    names = sorted(
+        p.name
+        for p in (reference / "tables").glob("*.csv")
+        if (reports / "tables" / p.name).is_file() and (exact or p.name in DATA)
+    )
     tables = [judge_table(reports / "tables" / name, reference / "tables" / name, exact) for name in names]
     if exact:
         why = "probes and versions of both machines agree"
     elif not there:
         why = "the machine of the committed results was not recorded"
     else:
-        parts = [f"{name} of {part}" for part in ("probes", "versions") for name in there[part] if here.get(part, {}).get(name) != there[part][name]]
+        parts = [
+            f"{name} of {part}"
+            for part in ("probes", "versions")
+            for name in there[part]
+            if here.get(part, {}).get(name) != there[part][name]
+        ]
         why = f"the machines differ: {', '.join(parts)}"
     return Verdict(
         exact,
@@ -277,7 +303,9 @@ def summary(
 ) -> pd.DataFrame:  # task, metric, and a column for each word; the last row counts all
     "How many cells of each kind are what."
     counts = verdict.cells.groupby(["task", "metric"], sort=False).verdict.value_counts().unstack(fill_value=0)
-    counts = counts.reindex(columns=[v for v in (IDENTICAL, EQUIVALENT, UNDECIDED, DIFFERENT, MISSING, NEW) if v in counts])
+    counts = counts.reindex(
+        columns=[v for v in (IDENTICAL, EQUIVALENT, UNDECIDED, DIFFERENT, MISSING, NEW) if v in counts]
+    )
     total = counts.sum().to_frame().T.set_axis(pd.MultiIndex.from_tuples([("all", "")]))
     return pd.concat([counts, total]).rename_axis(["task", "metric"]).reset_index()
 
@@ -293,17 +321,23 @@ def write_verdict(
     said = verdict.statements.verdict.value_counts()
     page = [
         "# Reproduction verdict",
-        f"**{'Passed' if verdict.passed else 'Failed'}**, in mode `{'identical' if verdict.exact else 'statements'}`: {verdict.why}.",
+        f"**{'Passed' if verdict.passed else 'Failed'}**, in mode `{verdict.mode}`: {verdict.why}.",
         f"{len(verdict.cells):,} cells were compared, each the mean over the seeds that both sides have. {verdict.not_run:,} committed numbers are of runs "
         "that this run does not have (another `train.set`). "
-        + ("" if verdict.exact else f"A cell is *different* if its interval does not hold zero, and *equivalent* if the interval lies within {100 * MARGIN:g} points or "
-        f"{MARGIN_SHARE:.0%} of the number; the intervals hold for all cells together with 95 %. *Undecided*: neither is shown."),
+        + (
+            ""
+            if verdict.exact
+            else f"A cell is *different* if its interval does not hold zero, and *equivalent* if the interval lies within {100 * MARGIN:g} points or "
+            f"{MARGIN_SHARE:.0%} of the number; the intervals hold for all cells together with 95 %. *Undecided*: neither is shown."
+        ),
         to_markdown(summary(verdict)),
         f"## Statements\n\n{len(verdict.statements):,} statements are made by both sides: "
         + ", ".join(f"{count} {word}" for word, count in said.items())
         + ". A word hangs on a hair if it differs, and a correct machine may say it too.",
     ]
-    moved = verdict.cells.assign(off=(verdict.cells.here - verdict.cells.reference).abs() / verdict.cells.half).sort_values("off", ascending=False)
+    moved = verdict.cells.assign(
+        off=(verdict.cells.here - verdict.cells.reference).abs() / verdict.cells.half
+    ).sort_values("off", ascending=False)
     shown = {
         "Changed statements": verdict.statements[verdict.statements.verdict == CHANGED],
         "Different": verdict.cells[verdict.cells.verdict == DIFFERENT],
