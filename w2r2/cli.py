@@ -12,7 +12,7 @@ import json
 import sys
 import textwrap
 import warnings
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +25,8 @@ DATA = Path(w2r2.__file__).parents[1] / "data"
 app = typer.Typer(
     name="w2r2",
     help="What-Where Representation Re-Forming: benchmark, scores, scans, answers, verdict.",
-    epilog="w2r2 COMMAND --help has examples. Exit codes: 0 done, 1 a result is not the committed one (verdict), 2 bad input.",
+    epilog="w2r2 COMMAND --help has examples. Exit codes: 0 done, 1 a result is not the committed one (verdict), 2 "
+    "bad input.",
     no_args_is_help=True,
     rich_markup_mode=None,  # text from data may hold brackets
     pretty_exceptions_enable=False,
@@ -40,7 +41,7 @@ Model = Annotated[
 ]
 
 
-class Hidden(str, Enum):
+class Hidden(StrEnum):
     "What a model may not see."
 
     appearance = "2d"
@@ -216,7 +217,8 @@ def describe(
                 raise ValueError(f"{scene} has no object {number}; `w2r2 show {scene}` lists those it has")
             if known.best[number] < 0:
                 raise ValueError(
-                    f"{scene}: none of the {network.config.views} views that the model sees shows object {number}; describe another"
+                    f"{scene}: none of the {network.config.views} views that the model sees shows object {number}; "
+                    f"describe another"
                 )
         boxes, views = np.array([known.boxes[n] for n in objects]), [known.best[n] for n in objects]
         captions = predict.describe(network, scan, boxes, views, **options)
@@ -245,7 +247,7 @@ def rooms(
     print(f"{root}: {len(made)} scenes, {made['descriptions'].sum()} descriptions, {made['questions'].sum()} questions")
 
 
-class Benchmark(str, Enum):
+class Benchmark(StrEnum):
     "The benchmarks that can be scored."
 
     scanrefer = "scanrefer"
@@ -278,7 +280,8 @@ def score(
 
 # %% ../nbs/03_cli.ipynb #0118a9f7
 @app.command(
-    epilog="example: w2r2 verdict reports --reports build/reports. Exit code 1 if a cell is different or missing, or a statement changed."
+    epilog="example: w2r2 verdict reports --reports build/reports. Exit code 1 if a cell is different or missing, "
+    "or a statement changed."
 )
 def verdict(
     reference: Annotated[

@@ -136,7 +136,8 @@ def against_plain_words(
     results: pd.DataFrame,
     scale: pd.Series,  # standard deviation of one run's number, rows as in `results`
 ) -> dict[str, str]:
-    "For each arm, regime, split and metric of grounding: the word for its difference from plain fine-tuning of equal length, at two standard errors."
+    """For each arm, regime, split and metric of grounding: the word for its difference from plain fine-tuning of equal
+    length, at two standard errors."""
     frame = results.assign(scale=scale)
     frame = frame[
         (frame["pass"] == "fused")
@@ -203,7 +204,8 @@ def judge_table(
     reference: Path,  # committed
     exact: bool,  # mode `identical`
 ) -> pd.DataFrame:  # as from `judge_cells`: metric = file, arm = row, pass = column
-    "One row for each number of a table that both sides have; a row that only one has belongs to a run that the other has not."
+    """One row for each number of a table that both sides have; a row that only one has belongs to a run that the other
+    has not."""
     old, new = (_read_table(file) for file in (reference, path))
     rows, columns = (
         old.index.intersection(new.index),
@@ -266,7 +268,8 @@ def report_verdict(
     reference: str | Path,  # that of the committed ones
     simulations: int = 400,  # see `judge_statements`
 ) -> Verdict:
-    "Compare results.csv, the tables of a number of their own, and the statements; raises `ScanNetError` for results that cannot be read."
+    """Compare results.csv, the tables of a number of their own, and the statements; raises `ScanNetError` for results
+    that cannot be read."""
     reports, reference = Path(reports), Path(reference)
     here, there = _machine(reports), _machine(reference)
     exact = alike(here, there)
@@ -322,13 +325,16 @@ def write_verdict(
     page = [
         "# Reproduction verdict",
         f"**{'Passed' if verdict.passed else 'Failed'}**, in mode `{verdict.mode}`: {verdict.why}.",
-        f"{len(verdict.cells):,} cells were compared, each the mean over the seeds that both sides have. {verdict.not_run:,} committed numbers are of runs "
+        f"{len(verdict.cells):,} cells were compared, each the mean over the seeds that both sides have. "
+        f"{verdict.not_run:,} committed numbers are of runs "
         "that this run does not have (another `train.set`). "
         + (
             ""
             if verdict.exact
-            else f"A cell is *different* if its interval does not hold zero, and *equivalent* if the interval lies within {100 * MARGIN:g} points or "
-            f"{MARGIN_SHARE:.0%} of the number; the intervals hold for all cells together with 95 %. *Undecided*: neither is shown."
+            else f"A cell is *different* if its interval does not hold zero, and *equivalent* if the interval lies "
+            f"within {100 * MARGIN:g} points or "
+            f"{MARGIN_SHARE:.0%} of the number; the intervals hold for all cells together with 95 %. *Undecided*: "
+            f"neither is shown."
         ),
         to_markdown(summary(verdict)),
         f"## Statements\n\n{len(verdict.statements):,} statements are made by both sides: "
