@@ -186,7 +186,7 @@ def execute(
     # processes on this machine, one thread each; 0: in this process, one after the other, for a debugger
     workers: int = 1,
     title: str = "",  # of the progress bar
-    # address; None: what dask is configured to use (DASK_SCHEDULER_ADDRESS), or else this machine
+    # address; None: DASK_SCHEDULER_ADDRESS, or else this machine
     scheduler: str | None = None,
 ) -> int:  # how many jobs were done now
     """Do jobs in parallel, with one progress bar on standard error if it takes longer than five seconds. After all others are
