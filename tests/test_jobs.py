@@ -153,3 +153,9 @@ folder, worker = Path(sys.argv[1]), sys.argv[2]
 while not any(worker in path.read_text().split()[9:] for path in folder.glob("[0-9]/seen")): time.sleep(0.05)
 os.kill(int(worker), 9)
 """
+
+
+def test_the_environment_of_this_process_stays(counted):
+    before = dict(os.environ)
+    execute([Job("one", "counted:count", {"to": 1}, counted / "one")])
+    assert dict(os.environ) == before

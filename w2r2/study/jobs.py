@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
@@ -150,7 +151,7 @@ def workers_of(
     from distributed import Client, LocalCluster
 
     settings = {
-        "distributed.nanny.pre-spawn-environ": ENVIRONMENT,
+        "distributed.nanny.pre-spawn-environ": ENVIRONMENT,  # a variable that is set already is kept: see below
         "distributed.scheduler.allowed-failures": ATTEMPTS - 1,
         "distributed.worker.memory.terminate": False,
     }
@@ -159,6 +160,7 @@ def workers_of(
             yield client
         return
     with (
+        patch.dict(os.environ, ENVIRONMENT | {name: os.environ[name] for name in SWITCHES if name in os.environ}),
         dask.config.set(settings),
         tempfile.TemporaryDirectory(prefix="w2r2-workers-", ignore_cleanup_errors=True) as scratch,
         LocalCluster(
@@ -189,8 +191,8 @@ def execute(
     # address; None: DASK_SCHEDULER_ADDRESS, or else this machine
     scheduler: str | None = None,
 ) -> int:  # how many jobs were done now
-    """Do jobs in parallel, with one progress bar on standard error if it takes longer than five seconds. After all others are
-    done, raises `RuntimeError` naming those that failed, each with the end of its log."""
+    """Do jobs in parallel, with one progress bar on standard error if it takes longer than five seconds. After all
+    others are done, raises `RuntimeError` naming those that failed, each with the end of its log."""
     todo = list({job.folder: job for job in reversed(jobs) if not job.finished}.values())[::-1]
     if not todo:
         return 0
