@@ -1,4 +1,5 @@
-"""The site: executed notebooks as pages, with a reference out of their exported cells. Built from the root of the repository."""
+"""The site: executed notebooks as pages, with a reference out of their exported cells. Built from the root of the
+repository."""
 
 import ast
 import html
@@ -80,7 +81,8 @@ LIBRARY = {module: path for path in sorted(ROOT.glob("nbs/[0-9]*.ipynb")) if (mo
 DEFINED = {f"w2r2.{module}": definitions(path) for module, path in LIBRARY.items()}
 
 
-# ---- pages of notebooks -------------------------------------------------------------------------------------------------
+# ---- pages of notebooks
+# -------------------------------------------------------------------------------------------------
 def plotly_output(figure: dict) -> str:
     "A figure for figures.js to draw."
     content = json.dumps(figure, separators=(",", ":")).replace("</", "<\\/")
@@ -140,7 +142,8 @@ def scripts_of_page(app, pagename: str, templatename: str, context: dict, doctre
         app.add_js_file("figures.js")
 
 
-# ---- reference ----------------------------------------------------------------------------------------------------------
+# ---- reference
+# ----------------------------------------------------------------------------------------------------------
 def rst(text: str) -> str:
     "Plain text with `names` as reStructuredText."
     parts = re.split(r"(`[^`]+`)", text)
@@ -206,9 +209,11 @@ def link_names(app, doctree: nodes.document, docname: str) -> None:
         )
 
 
-# ---- pages of results ---------------------------------------------------------------------------------------------------
+# ---- pages of results
+# ---------------------------------------------------------------------------------------------------
 def origin(path: Path) -> str:
-    "Link to the cell that made a file: in the notebook of the stage that declares it or its folder, the first cell that names either."
+    """Link to the cell that made a file: in the notebook of the stage that declares it or its folder, the first cell
+    that names either."""
     for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values():
         declared = [
             out if isinstance(out, str) else next(iter(out))
@@ -247,7 +252,8 @@ def files(folder: str, *kinds: str) -> dict[str, dict[str, Path]]:
 def described(name: str, kinds: dict[str, Path], content: str) -> str:
     downloads = [f"{{download}}`{kind[1:]} <../{path.relative_to(ROOT).as_posix()}>`" for kind, path in kinds.items()]
     made = next((link for path in kinds.values() if (link := origin(path))), "")
-    return f"### {name.rpartition('/')[2].replace('_', ' ').capitalize()}\n\n{content}\n\n{' · '.join(filter(None, [made, *downloads]))}\n\n"
+    title = name.rpartition("/")[2].replace("_", " ").capitalize()
+    return f"### {title}\n\n{content}\n\n{' · '.join(filter(None, [made, *downloads]))}\n\n"
 
 
 LONGEST_TABLE = 60  # rows shown; longer ones are there to download
@@ -285,8 +291,14 @@ def figures() -> str:
 def picture() -> str:
     overview = REPORTS / "figures" / "paper" / "fig2_overview.svg"
     if overview.is_file():
-        return "![The framework: views pass through a 2D and a 3D encoder; the fused pass is trained to locate, the pass without 3D to fail](../reports/figures/paper/fig2_overview.svg)"
-    return "![Six views of an embedded scene with the boxes of the described objects](../reports/figures/embedded_scene.png)"
+        return (
+            "![The framework: views pass through a 2D and a 3D encoder; the fused pass is trained to locate, the "
+            "pass without 3D to fail](../reports/figures/paper/fig2_overview.svg)"
+        )
+    return (
+        "![Six views of an embedded scene with the boxes of the described "
+        "objects](../reports/figures/embedded_scene.png)"
+    )
 
 
 def audit() -> str:

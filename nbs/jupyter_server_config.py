@@ -1,4 +1,5 @@
-"""JupyterLab as `make lab` starts it: kernels of pipeline notebooks work where `dvc repro` runs them, at the root of the repository."""
+"""JupyterLab as `make lab` starts it: kernels of pipeline notebooks work where `dvc repro` runs them, at the root of
+the repository."""
 
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 

@@ -15,7 +15,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Browser:
-    """One tab. `requests` and `complaints` (console errors, exceptions, failed loads) are those since the last `open`."""
+    """One tab. `requests` and `complaints` (console errors, exceptions, failed loads) are those since the
+    last `open`."""
 
     def __init__(self):
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)

@@ -10,7 +10,8 @@ HUGE = [0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2
 
 
 def corrupt(data, rng, fields=()):
-    """A damaged copy of `data`: flipped bits, a cut, an insertion, or a number overwritten. `fields` are (offset, width) of known numbers."""
+    """A damaged copy of `data`: flipped bits, a cut, an insertion, or a number overwritten. `fields` are (offset,
+    width) of known numbers."""
     data, kind = bytearray(data), rng.integers(4)
     if kind == 0:
         for _ in range(rng.integers(1, 9)):
@@ -32,7 +33,8 @@ def corrupt(data, rng, fields=()):
 
 
 def guarded(read, budget, seconds=2.0):
-    """Whether `read()` succeeded; anything but success or ScanNetError, more than `budget` bytes or `seconds` of CPU time fails the test."""
+    """Whether `read()` succeeded; anything but success or ScanNetError, more than `budget` bytes or `seconds` of CPU
+    time fails the test."""
     for _ in range(
         2
     ):  # the interpreter's own tables grow by megabytes now and then; what the reader needs, it needs again

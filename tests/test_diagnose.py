@@ -1,4 +1,5 @@
-"The diagnoses on recorded scenes, with what the small worlds of the notebook do not have: several views, missing views, scenes asked in parts, other tasks."
+"""The diagnoses on recorded scenes, with what the small worlds of the notebook do not have: several views, missing
+views, scenes asked in parts, other tasks."""
 
 from dataclasses import replace
 
@@ -33,7 +34,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def world():
-    "An untrained model, its packer and tokenizer, three recorded scenes with five queries of the first and third task, and their views."
+    """An untrained model, its packer and tokenizer, three recorded scenes with five queries of the first and third
+    task, and their views."""
     tokenizer = build_tokenizer(["the chair", "the table"])
     packer = Packer.of(tokenizer, Bins())
     torch.manual_seed(0)

@@ -152,7 +152,8 @@ def test_oriented_iou_against_halfspaces():
 
 @pytest.mark.parametrize("noise", [0, 1e-16, 1e-15, 1e-14, 1e-13, 1e-12, 1e-10, 1e-8])
 def test_coplanar_faces_at_every_scale_of_noise(noise):
-    "Boxes on a grid share faces, edges and corners; turned together and disturbed, they must keep the axis-aligned IoU."
+    """Boxes on a grid share faces, edges and corners; turned together and disturbed, they must keep the axis-aligned
+    IoU."""
     rng = np.random.default_rng(1)
     grid = [
         torch.from_numpy(np.concatenate([rng.integers(-1, 2, (2000, 3)) / 2, rng.integers(1, 4, (2000, 3)) / 2], 1))

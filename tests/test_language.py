@@ -1,4 +1,5 @@
-"""Descriptions judged by a second, plain checker: scalar geometry, no tables, no shared code with w2r2.rooms.relations."""
+"""Descriptions judged by a second, plain checker: scalar geometry, no tables, no shared code with
+w2r2.rooms.relations."""
 
 import math
 from pathlib import Path

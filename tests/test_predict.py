@@ -20,7 +20,8 @@ SCENES = 120
 
 @pytest.fixture(scope="module")
 def setting():
-    "An untrained model of full size, and scenes with random features and as many descriptions as the validation split has."
+    """An untrained model of full size, and scenes with random features and as many descriptions as the validation split
+    has."""
     records = json.loads(
         (rooms.RECIPES.parent / "samples" / "scanrefer" / "ScanRefer_filtered_samples.json").read_text()
     )

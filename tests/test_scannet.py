@@ -79,7 +79,8 @@ def write_table(root):
 
 
 def test_boxes_follow_the_published_rule(tmp_path):
-    """Random overlapping groups, against plain loops: last-listed object wins, all vertices count, alignment in float64."""
+    """Random overlapping groups, against plain loops: last-listed object wins, all vertices count, alignment in
+    float64."""
     rng = np.random.default_rng(3)
     vertices = rng.uniform(-3, 3, (300, 3)).astype(np.float32)
     segments = rng.choice([0, 7, 9, 30, 31, 120, 250, 280], 300)
@@ -207,7 +208,8 @@ def test_names_do_not_leave_the_folder(tmp_path):
 
 
 def test_writing_is_quick_and_repeatable(tmp_path):
-    """Without the jpegs at most about 15 ms for 4,000 vertices and 6 frames; the bound here leaves room for a busy machine."""
+    """Without the jpegs at most about 15 ms for 4,000 vertices and 6 frames; the bound here leaves room for a busy
+    machine."""
     scene = make_scene(np.random.default_rng(6), 20, boxes_each=25, views=6, color_size=(112, 84), depth_size=(80, 60))
     assert len(scene["vertices"]) == 4000
     first = {path.name: path.read_bytes() for path in write_scan(tmp_path / "a", "scene0000_00", **scene).iterdir()}

@@ -1,4 +1,5 @@
-"""Links of the notebooks; and, where `make docs` has built the site, its pages as a reader without a network sees them."""
+"""Links of the notebooks; and, where `make docs` has built the site, its pages as a reader without a network sees
+them."""
 
 import json
 import re
@@ -164,7 +165,8 @@ def test_a_figure_answers_the_mouse(browser):
     ):  # in pixels / 10, from the middle outwards
         browser.move(left + width / 2 + 10 * x, top + height / 2 + 10 * y)
         if text := browser.run(
-            "new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn))).then(() => window.shown || '')"
+            "new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn))).then(() => "
+            "window.shown || '')"
         ):
             break
     assert len(text.split()) > 3, "hovering shows a description"

@@ -33,8 +33,8 @@ def sampled_iou(a, b, count=2_000_000):
 def test_vgllm_texts():
     """The published evaluator reads angles as "zxy": its outcome for every text, its boxes, and its IoU.
 
-    Its IoU operator is inexact for nearly parallel faces. In 4 of the 28 boxes here it is off by more than 1e-3 (by up to 0.25);
-    sampling decides between the two."""
+    Its IoU operator is inexact for nearly parallel faces. In 4 of the 28 boxes here it is off by more than 1e-3 (by
+    up to 0.25); sampling decides between the two."""
     inexact = 0
     for row in VG["text_to_iou"]:
         box, kind = NineNumbers("zxy").parse(row["text"], poses_of(row["doc"]))

@@ -69,7 +69,8 @@ def alone(folder):
     return training.result(trainer), trainer.state.log_history[:-1]
 
 
-# AdamW divides by the size of the gradient: where that is nearly zero, its usual epsilon of 1e-8 turns the last bit of a sum into a step
+# AdamW divides by the size of the gradient: where that is nearly zero, its usual epsilon of 1e-8 turns the last bit of
+# a sum into a step
 PARALLEL = EVERYTHING | dict(max_steps=4, logging_steps=1, save_strategy="no", adam_epsilon=1e-6)
 
 

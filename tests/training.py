@@ -1,4 +1,5 @@
-"One training run on the sample scenes as a process of its own: training.py FOLDER NAME SETTINGS, where `prepare` made FOLDER and SETTINGS are fields of W2R2Config as JSON."
+"""One training run on the sample scenes as a process of its own: training.py FOLDER NAME SETTINGS, where `prepare` made
+FOLDER and SETTINGS are fields of W2R2Config as JSON."""
 
 import json
 import os

@@ -107,7 +107,8 @@ JOB = re.compile(rf"{LIBRARY.name}(\.\w+)+:\w+")
 
 
 class Plain(ast.NodeTransformer):
-    "Takes docstrings and import lines out of a tree, and module names from internal names; collects what the tree refers to."
+    """Takes docstrings and import lines out of a tree, and module names from internal names; collects what the tree
+    refers to."""
 
     def __init__(self, home: Module):
         self.home, self.internal, self.external = home, dict(home.internal), dict(home.external)
@@ -224,7 +225,8 @@ def code_digest(*entries: str) -> str:
 def stage_lines(
     notebook: str | Path,
 ) -> list[str]:
-    "As `code_lines`, of everything that a notebook imports from this library; raises `ValueError` for a name that does not exist."
+    """As `code_lines`, of everything that a notebook imports from this library; raises `ValueError` for a name that
+    does not exist."""
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     entries = set()

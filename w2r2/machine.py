@@ -53,7 +53,8 @@ PACKAGES = "torch", "transformers", "numpy", "scipy", "embreex"  # whose version
 
 
 def fingerprint() -> dict:
-    "What decides the last digits of a result: probes, versions and switches; the processor is named for people, and does not count."
+    """What decides the last digits of a result: probes, versions and switches; the processor is named for people, and
+    does not count."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {

@@ -48,7 +48,8 @@ class Targets:
         rows = (self.slot > 0).nonzero()[:, 0]
         if len(rows) % 6 or not (self.slot[rows].view(-1, 6) == torch.arange(1, 7, device=rows.device)).all():
             raise ValueError(
-                "an answer names some coordinates of a box, but not x, y, z, w, d and h in this order; write it with `Bins.encode`"
+                "an answer names some coordinates of a box, but not x, y, z, w, d and h in this order; write it "
+                "with `Bins.encode`"
             )
         self.rows = rows.view(-1, 6)  # (G, 6) positions of the coordinates of each box
         self.grounded = self.query[self.rows[:, 0]]  # (G,) queries that ask for a box
@@ -147,7 +148,8 @@ def align(
     targets: Targets,
     items: float | None = None,  # see `batch_mean`
 ) -> Alignment:
-    "Eq. 2, the mean over queries of the adapted cross-entropy. Logs `view`, `coordinates` and `words` [nat per token], those that occur."
+    """Eq. 2, the mean over queries of the adapted cross-entropy. Logs `view`, `coordinates` and `words` [nat per
+    token], those that occur."""
     losses = adapted_cross_entropy(logits, targets)
     told = losses.detach()
     parts = {"view": told[targets.slot == 0], "coordinates": told[targets.rows.flatten()], "words": told[targets.words]}

@@ -17,7 +17,8 @@ from ..tasks.answers import Bins, gravity_frame, to_view
 
 # %% ../../nbs/method/01_interventions.ipynb #6c208be8
 def mean_point(scene: dict) -> torch.Tensor:
-    "(..., 3) mean point of the geometry of a scene, or of each of a batch, in the scan frame, over the views that exist [m]."
+    """(..., 3) mean point of the geometry of a scene, or of each of a batch, in the scan frame, over the views that
+    exist [m]."""
     return transform_points(
         gravity_frame(scene["poses"][..., 0, :, :]), scene["geometry"][..., 12:15].double().nanmean(-2, keepdim=True)
     )[..., 0, :]
@@ -91,15 +92,17 @@ class Interventions:
             shares = getattr(self, first), getattr(self, second)
             if min(shares) < 0 or sum(shares) > 1:
                 raise ValueError(
-                    f"{first}={shares[0]} and {second}={shares[1]} are shares of the scenes and exclude one another: their sum must be within 0 and 1"
+                    f"{first}={shares[0]} and {second}={shares[1]} are shares of the scenes and exclude one "
+                    f"another: their sum must be within 0 and 1"
                 )
 
     def __call__(
         self,
         scene: dict,
         rng: np.random.Generator,  # of this scene in this epoch
-    ) -> dict:  # with `intervention` ("none", "intervene", "disturb", or "out of range" if no draw fitted), `drop2d` and `drop3d`
-        "The scene as it is trained on."
+    ) -> dict:
+        """The scene as it is trained on, with `intervention` ("none", "intervene", "disturb", or "out of range" if no draw
+        fitted), `drop2d` and `drop3d`."""
         which, dropped = rng.random(2)
         name = "intervene" if which < self.intervene else "disturb" if which < self.intervene + self.disturb else "none"
         if name != "none":

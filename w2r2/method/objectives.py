@@ -38,9 +38,9 @@ class Reading:
 
     formula: str  # of one query
     source: str
-    penalty: (
-        Callable | None
-    )  # (s_S, fused logits, shortcut logits, targets, mu) -> its value and where it acts, both (B, Q), and further terms by name
+    # (s_S, fused logits, shortcut logits, targets, mu) -> its value and where it acts, both (B, Q), and further terms
+    # by name
+    penalty: Callable | None
     gradient: bool = False  # passes through the shortcut pass
     gated: bool = (
         False  # where it does not act it has no gradient, so that only scenes where it acts need a pass with gradient

@@ -21,7 +21,8 @@ def visual_slice(
     batch: dict[str, torch.Tensor],  # from `w2r2.model.packing`
     config: FusedConfig,
 ) -> slice:
-    "The places in the sequence of the visual tokens, in the order of `visual_index`; a scene that keeps fewer has other tokens at the end."
+    """The places in the sequence of the visual tokens, in the order of `visual_index`; a scene that keeps fewer has
+    other tokens at the end."""
     start = int((batch["input_ids"][0] == config.vlm_config.image_token_id).int().argmax())
     return slice(start, start + batch["visual_index"].shape[1])
 
@@ -73,7 +74,9 @@ def visual_attention(
     model: FusedVLM,
     states: tuple[torch.Tensor, ...],  # `hidden_states` of a pass with `output_hidden_states=True`
     batch: dict[str, torch.Tensor],
-    layer: int = 0,  # of the decoder; in the embedded backbone the first looks at what is asked for, the last hardly does (`diagnose.attention_on_target`)
+    # of the decoder; in the embedded backbone the first looks at what is asked for, the last hardly does
+    # (`diagnose.attention_on_target`)
+    layer: int = 0,
 ) -> torch.Tensor:  # (B, Q, N) sums to 1; 0 for a query that is not answered by a box
     "How the tokens that answer with a box share their attention among the visual tokens."
     decoder, place = model.vlm.model.language_model, visual_slice(batch, model.config)
@@ -116,7 +119,8 @@ def anchor_agreement(
     batch: dict[str, torch.Tensor],
     margin: float = 0.1,  # see `on_target`
 ) -> torch.Tensor:
-    "Looking with the shortcut at the same wrong token, beyond chance: mean per scene over the queries answered by a box, then over scenes."
+    """Looking with the shortcut at the same wrong token, beyond chance: mean per scene over the queries answered by a
+    box, then over scenes."""
     together = (fused * shortcut.detach() * ~on_target(batch, margin)).sum(-1)
     excess = (together - 1 / (batch["visual_index"] >= 0).sum(-1, keepdim=True)).relu()
     asked = (fused.detach().sum(-1) > 0).to(fused)

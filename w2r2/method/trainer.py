@@ -60,7 +60,8 @@ class W2R2Config(TrainingArguments):
     muon_learning_rate: float = field(
         default=0.0,
         metadata={
-            "help": "Learning rate of Muon for the matrices of the decoder layers; 0 leaves them to the optimizer of everything else."
+            "help": "Learning rate of Muon for the matrices of the decoder layers; 0 leaves them to the optimizer "
+            "of everything else."
         },
     )
     remove_unused_columns: bool = field(
@@ -111,7 +112,8 @@ class Order(Sampler):
 
 # %% ../../nbs/method/04_trainer.ipynb #71f8d6db
 class Epochs(Dataset):
-    "The scenes of a data set as they are trained on: item `epoch * len(scenes) + scene` is the scene as that epoch draws it, changed by that epoch's intervention."
+    """The scenes of a data set as they are trained on: item `epoch * len(scenes) + scene` is the scene as that epoch
+    draws it, changed by that epoch's intervention."""
 
     def __init__(
         self,
@@ -182,7 +184,8 @@ TRAIN_ONLY = "train_only.safetensors"  # in a checkpoint: what training needs an
 
 
 class W2R2Trainer(Trainer):
-    "Trains a `FusedVLM` by Eq. 7. For data-parallel training; the number of shortcut passes may differ between processes, which sharded models do not allow."
+    """Trains a `FusedVLM` by Eq. 7. For data-parallel training; the number of shortcut passes may differ between
+    processes, which sharded models do not allow."""
 
     def __init__(
         self,
@@ -285,7 +288,8 @@ class W2R2Trainer(Trainer):
         return (loss, fused) if return_outputs else loss
 
     def _pushed_on(self, count: int) -> torch.Tensor:
-        "(B,) bool: every `push_every`-th scene of the step, counted over the processes, beginning with another one at every step."
+        """(B,) bool: every `push_every`-th scene of the step, counted over the processes, beginning with another one at
+        every step."""
         place = self.args.process_index * count + torch.arange(count)
         return (place + self.state.global_step) % self.args.push_every == 0
 
@@ -306,7 +310,8 @@ class W2R2Trainer(Trainer):
         )
 
     def _note(self, means: dict[str, torch.Tensor], parts: dict[str, torch.Tensor]):
-        "Add to what is logged next: means over the calls that have them, and parts of the loss, which are 0 in a call without."
+        """Add to what is logged next: means over the calls that have them, and parts of the loss, which are 0 in a call
+        without."""
         self._calls += 1
         for name, value in (means | parts).items():
             total = self._terms[name]
@@ -336,7 +341,8 @@ class W2R2Trainer(Trainer):
         )  # a pickle with paths of this machine, which nothing reads
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # files have the names of the published Qwen weights: `from_pretrained` translates them, Trainer's own loading would skip them with a warning
+        # files have the names of the published Qwen weights: `from_pretrained` translates them, Trainer's own loading
+        # would skip them with a warning
         self.model.load_state_dict(
             type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype).state_dict()
         )

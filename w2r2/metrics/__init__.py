@@ -29,7 +29,8 @@ def measures(
     k: float = 0.5,  # Scan2Cap: overlap that counts as found
     with_meteor=False,  # also METEOR (Java)
 ) -> list[Measure]:
-    "The figures of a benchmark with the values behind them; `ValueError` for an unknown benchmark or protocol, or for records that do not fit."
+    """The figures of a benchmark with the values behind them; `ValueError` for an unknown benchmark or protocol, or for
+    records that do not fit."""
     if protocol not in PROTOCOLS.get(benchmark, ()):
         raise ValueError(
             f"no protocol {protocol!r} for benchmark {benchmark!r}; there are "
@@ -58,7 +59,8 @@ def scanrefer(
 
 # %% ../../nbs/metrics/05_protocols.ipynb #280ceef0
 def scan2cap(
-    predictions: dict,  # "scene|object|name" -> {"caption", "iou" or "box"}; for scan2cap_benchmark: scene -> list of {"caption", "box"}
+    # "scene|object|name" -> {"caption", "iou" or "box"}; for scan2cap_benchmark: scene -> list of {"caption", "box"}
+    predictions: dict,
     annotations: list,  # ScanRefer records, with bbox where predictions give boxes
     k: float = 0.5,  # overlap that counts as found
     protocol: str = "scan2cap",  # one of PROTOCOLS["scan2cap"]

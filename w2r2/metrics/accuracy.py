@@ -47,7 +47,8 @@ def overlaps(
     annotated: list,  # boxes, as many
     protocol: str = "scanrefer",  # one of PROTOCOLS
 ) -> np.ndarray:  # (n,) IoU, 0 where a box is missing
-    "IoU of pairs of boxes as the named evaluator computes it; `ValueError` for an unknown protocol or angles that it cannot take."
+    """IoU of pairs of boxes as the named evaluator computes it; `ValueError` for an unknown protocol or angles that it
+    cannot take."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r} is unknown; ScanRefer is scored by one of {', '.join(PROTOCOLS)}")
     a, b = as_boxes(predicted), as_boxes(annotated)
@@ -87,8 +88,9 @@ def unique_multiple(
     annotations: list,  # ScanRefer records: scene_id, object_id, object_name
     labels: dict,  # raw label -> NYU40 id (`LabelTable.nyu40id`); a label that is missing belongs to "others"
     rule: str = "scanrefer",  # one of RULES
-) -> list:  # of {"unique_multiple": 0 unique, 1 multiple; "others": 1 if in ScanRefer's class "others"}, the words of ScanRefer's benchmark
-    "Which descriptions are unique among the objects of the list; `ValueError` for an unknown rule."
+) -> list:  # of {"unique_multiple": 0 unique, 1 multiple; "others": 1 if in ScanRefer's class "others"}
+    """Which descriptions are unique among the objects of the list, in the words of ScanRefer's benchmark; `ValueError` for
+    an unknown rule."""
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is unknown; use one of {', '.join(RULES)}")
     ids = [labels.get(record["object_name"].replace("_", " ")) for record in annotations]

@@ -61,8 +61,9 @@ def ngram_columns(
     tokens: np.ndarray,  # (T,) token numbers of all sentences
     lengths: np.ndarray,  # (S,) tokens per sentence
     orders: int = 4,  # longest n-gram
-):  # (T, orders) int32 column of the n-gram that starts at each token (-1: it would leave the sentence), (G,) order - 1 of each column
-    "Give every distinct n-gram of every order up to `orders` one column."
+):
+    """Give every distinct n-gram of every order up to `orders` one column. Returns (T, orders) int32, the column of the
+    n-gram that starts at each token (-1: it would leave the sentence), and (G,), order - 1 of each column."""
     left = np.repeat(np.cumsum(lengths), lengths) - np.arange(
         len(tokens)
     )  # tokens from here to the end of the sentence
@@ -254,7 +255,8 @@ def meteor(
 def ptb_tokenize(
     texts: dict,  # id -> list of strings
 ):  # id -> list of tokenised strings, or None without Java
-    "Tokenise with the Penn Treebank rules of Stanford CoreNLP 3.4.1, lower-case, without punctuation (as in the COCO caption code)."
+    """Tokenise with the Penn Treebank rules of Stanford CoreNLP 3.4.1, lower-case, without punctuation (as in the COCO
+    caption code)."""
     if not has_java():
         return None
     from pycocoevalcap.tokenizer import ptbtokenizer

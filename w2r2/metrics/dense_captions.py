@@ -178,7 +178,8 @@ def benchmark_measures(
     k: float = 0.5,  # overlap that counts as found
     with_meteor=False,  # also METEOR (Java)
 ) -> list:  # of `Measure`s "precision CIDEr", "recall CIDEr", "F1 CIDEr", ...
-    "Precision, recall and F1 of the caption scores in Scan2Cap's benchmark, over scenes that have annotations; F1 is 0 where the script prints NaN."
+    """Precision, recall and F1 of the caption scores in Scan2Cap's benchmark, over scenes that have annotations; F1 is
+    0 where the script prints NaN."""
     references, candidates, iou = benchmark_corpus(predictions, annotations)
     items, found = caption_items(references, candidates), iou >= k
     scores = dict(zip([f"BLEU-{n + 1}" for n in range(4)], bleu_score(items.pop("BLEU")).T)) | items

@@ -16,7 +16,8 @@ from .statistics import Measure
 
 # %% ../../nbs/metrics/04_exact_match.ipynb #25303e1d
 NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty"
 ).split()
 WORDS = {str(i): word for i, word in enumerate(NUMBERS)} | {
     "23": "twenty-three",
@@ -89,7 +90,8 @@ def answer_measures(
     protocol: str = "scanqa",  # one of PROTOCOLS
     with_meteor=False,  # also METEOR (Java)
 ) -> list:  # of `Measure`s
-    "Exact match and text scores of the named protocol, in its published units; without Java the text scores of `scanqa` are not computed."
+    """Exact match and text scores of the named protocol, in its published units; without Java the text scores of
+    `scanqa` are not computed."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r} is unknown; ScanQA is scored by one of {', '.join(PROTOCOLS)}")
     given, gold = answers_by_question(predictions, annotations), [record["answers"] for record in annotations]

@@ -37,7 +37,8 @@ def random_box(
     bounds: dict,  # scene -> (n, 6) boxes whose common bounds limit the place, for instance its proposals
     rng=0,  # numpy Generator or seed
 ) -> list:  # of predictions
-    "A box of random training size at a random place in the scene; where the box is larger than the scene, in its middle."
+    """A box of random training size at a random place in the scene; where the box is larger than the scene, in its
+    middle."""
     rng, answers = np.random.default_rng(rng), []
     for record in annotations:
         known, room = prior.get(record["object_name"], prior[None]), np.asarray(bounds[record["scene_id"]], float)
@@ -84,7 +85,8 @@ def question_prior(
     train: list,  # questions of the training split with their answers
     words: int = 2,  # how many words of the question are heard
 ) -> list:  # of predictions with answer_top10
-    "The ten most frequent training answers to questions with the same first words; of all questions where none begins so."
+    """The ten most frequent training answers to questions with the same first words; of all questions where none begins
+    so."""
 
     def opening(record):
         return tuple(record["question"].lower().split()[:words])

@@ -165,7 +165,8 @@ def load_predictions(
     benchmark: str,  # "scanrefer", "scan2cap" or "scanqa"
     protocol: str,  # one of `PROTOCOLS[benchmark]`
 ) -> Loaded:
-    "Read and check a prediction file; raises `ScanNetError` naming file, record and field, `ValueError` for an unknown protocol."
+    """Read and check a prediction file; raises `ScanNetError` naming file, record and field, `ValueError` for an
+    unknown protocol."""
     if protocol not in PROTOCOLS.get(benchmark, ()):
         raise ValueError(f"no protocol {protocol!r} for benchmark {benchmark!r}; use one of {PROTOCOLS}")
     content, wanted = read_json(path), dict if benchmark == "scan2cap" else list
@@ -173,7 +174,8 @@ def load_predictions(
         raise ScanNetError(
             path,
             "file",
-            f"holds {'an empty' if isinstance(content, wanted) else 'a'} {type(content).__name__} where {benchmark} needs a filled {wanted.__name__}",
+            f"holds {'an empty' if isinstance(content, wanted) else 'a'} {type(content).__name__} where {benchmark} "
+            f"needs a filled {wanted.__name__}",
             f"Write the format of protocol {protocol!r}",
         )
     if benchmark == "scanrefer":
@@ -290,7 +292,8 @@ class Score:
         "For rich's `print`."
         caption = " ".join(
             [
-                f"{self.runs} run{'s' * (self.runs > 1)}; 95 % intervals, bootstrap over scenes{' and runs' * (self.runs > 1)}.",
+                f"{self.runs} run{'s' * (self.runs > 1)}; 95 % intervals, bootstrap over "
+                f"scenes{' and runs' * (self.runs > 1)}.",
                 *self.remarks,
             ]
         )
@@ -338,7 +341,8 @@ def score(
     resamples: int = 10_000,  # bootstrap resamples
     rng=0,  # numpy Generator or seed
 ) -> Score:
-    "Score prediction files; raises `ScanNetError` for malformed files, `ValueError` for anything else that does not fit."
+    """Score prediction files; raises `ScanNetError` for malformed files, `ValueError` for anything else that does not
+    fit."""
     known, said = (None, []) if annotations is None else read_annotations(annotations, benchmark, protocol)
     runs = []
     for path in paths:

@@ -96,7 +96,8 @@ def bootstrap(
     level: float = 0.95,  # coverage
     rng=0,  # numpy Generator or seed
 ) -> Interval:
-    "Percentile bootstrap over scenes and, where given, seeds; `ValueError` for empty, non-finite or unequally long input."
+    """Percentile bootstrap over scenes and, where given, seeds; `ValueError` for empty, non-finite or unequally long
+    input."""
     sums, figure = sums_and_figure(values, statistic)
     resampled = figure(resampled_sums(sums, groups, seeds, resamples, rng))
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
@@ -123,7 +124,8 @@ def paired_difference(
     level: float = 0.95,  # coverage
     rng=0,  # numpy Generator or seed
 ) -> Difference:
-    "Difference of two arms with its bootstrap interval and p-value; `ValueError` as `bootstrap`, or if the arms differ in shape."
+    """Difference of two arms with its bootstrap interval and p-value; `ValueError` as `bootstrap`, or if the arms
+    differ in shape."""
     if np.shape(a) != np.shape(b):
         raise ValueError(f"paired_difference: values of shape {np.shape(a)} and {np.shape(b)} are not pairs")
     (first, figure), (second, _) = sums_and_figure(a, statistic), sums_and_figure(b, statistic)

@@ -25,7 +25,8 @@ def build_tokenizer(
     texts: Iterable[str],  # everything the model will read and write
     bins: Bins = Bins(),  # the answer format
 ) -> PreTrainedTokenizerFast:
-    "A tokenizer of lower-case words, numbers and punctuation marks; saved and loaded as JSON by `save_pretrained` and `from_pretrained`."
+    """A tokenizer of lower-case words, numbers and punctuation marks; saved and loaded as JSON by `save_pretrained` and
+    `from_pretrained`."""
     words = sorted(
         {piece for text in texts for piece in re.findall(_PIECES, text.lower())} - set(SPECIAL) - set(bins.vocabulary)
     )
@@ -103,7 +104,8 @@ def image_patches(
     side = vision.patch_size * vision.spatial_merge_size
     if images.shape[1] % side or images.shape[2] % side:
         raise ValueError(
-            f"views of {images.shape[2]} x {images.shape[1]} pixels do not divide into patches of {side}; prepare them at another size"
+            f"views of {images.shape[2]} x {images.shape[1]} pixels do not divide into patches of {side}; prepare "
+            f"them at another size"
         )
     processor = Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,

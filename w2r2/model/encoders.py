@@ -22,7 +22,8 @@ def reconstruct(
     level: float,  # standard deviation of log depth; 0 changes nothing
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # depth and poses like those given
-    "Depth and poses as a reconstruction from images would have them: scale errors per view, slow bending, drift of the poses."
+    """Depth and poses as a reconstruction from images would have them: scale errors per view, slow bending, drift of
+    the poses."""
     count, height, width = depth.shape
 
     def blend(size, nodes):  # rows of unit norm keep the variance 1 everywhere
@@ -53,9 +54,8 @@ class Pointmap:
 
     def __call__(
         self,
-        views: dict[
-            str, np.ndarray
-        ],  # `depth` [m], `color`, `poses`, `intrinsic_color`, `intrinsic_depth` of one scene, as in `w2r2.scans.prepared`
+        # `depth` [m], `color`, `poses`, `intrinsic_color`, `intrinsic_depth` of one scene, as in `w2r2.scans.prepared`
+        views: dict[str, np.ndarray],
         seed: int = 0,  # of the noise: the number of the scene
     ) -> torch.Tensor:  # (V * rows * columns, 16) float32, view by view, row by row; NaN in a view that does not exist
         "The features of a scene; raises ValueError for a scene without depth."
@@ -82,7 +82,8 @@ class Pointmap:
         return torch.as_tensor(features.reshape(-1, self.dim), dtype=torch.float32)
 
     def _sample(self, views, depth):
-        "Rays (4 P, 3) through the quarters of the patches, which of them hit a measured pixel (V, 4 P), and depth there [m] (V, 4 P)."
+        """Rays (4 P, 3) through the quarters of the patches, which of them hit a measured pixel (V, 4 P), and depth
+        there [m] (V, 4 P)."""
         height, width = views["color"].shape[1:3]
         rows, columns = 2 * self.grid[0], 2 * self.grid[1]
         v, u = np.meshgrid(

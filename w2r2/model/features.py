@@ -31,9 +31,8 @@ class Features:
     scenes: list[str]  # (S,) scene ids
     f2d: np.ndarray  # (S, V * patches, d) float16
     geometry: np.ndarray  # (S, V * patches, g) float32 [m]
-    visual_index: (
-        np.ndarray
-    )  # (S, N) int16, increasing, then -1 if there are fewer: the patches shown to the language model
+    # (S, N) int16, increasing, then -1 if there are fewer: the patches shown to the language model
+    visual_index: np.ndarray
     poses: np.ndarray  # (S, V, 4, 4) float64 camera-to-scan
 
     @classmethod
@@ -49,7 +48,8 @@ class Features:
         }
         if not (folder / "scenes.json").is_file() or not files["geometry"].is_file():
             raise FileNotFoundError(
-                f"{folder}: no features with geometry noise {noise}; add it to encode.noises in params.yaml and run `dvc repro encode`"
+                f"{folder}: no features with geometry noise {noise}; add it to encode.noises in params.yaml and run "
+                f"`dvc repro encode`"
             )
         return cls(
             json.loads((folder / "scenes.json").read_text()),
@@ -210,7 +210,8 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     views: int = 6,
 ) -> Queries:
-    "The descriptions, objects to caption and questions of a split; raises `ScanNetError` for files that cannot be read."
+    """The descriptions, objects to caption and questions of a split; raises `ScanNetError` for files that cannot be
+    read."""
     root, place = Path(root), {scene: row for row, scene in enumerate(scenes)}
     described, _ = read_scanrefer(root / "scanrefer" / f"ScanRefer_filtered_{split}.json", place.keys())
     questions, _ = read_scanqa(root / "scanqa" / f"ScanQA_v1.0_{split}.json", place.keys())

@@ -74,7 +74,8 @@ class Additions(nn.Module):
         place: torch.Tensor,  # (B, T) text positions
         segment: torch.Tensor,  # (B, T)
     ) -> torch.Tensor:  # (B, T, hidden)
-        "The weighted mean word of its prompt for each token from `<answer>` on; the first view named in its query for each token from there on."
+        """The weighted mean word of its prompt for each token from `<answer>` on; the first view named in its query for
+        each token from there on."""
         config = self.config
         mine = segment[:, None] == torch.arange(int(segment.max()) + 1, device=segment.device)[:, None]  # (B, Q, T)
 
@@ -217,8 +218,8 @@ class FusedVLM(PreTrainedModel):
         shortcut: bool | torch.Tensor = False,  # Phi(F2D, 0) for all scenes, or those marked in (B,)
         blind: str | None = None,  # "2d": F2D is 0; "3d": the same as `shortcut=True`
         logits_to_keep: torch.Tensor | None = None,  # (B, T') bool: only there; all if not given
-        past_key_values: Cache
-        | None = None,  # of the first tokens, which must include the prefix; they are not computed again
+        # of the first tokens, which must include the prefix; they are not computed again
+        past_key_values: Cache | None = None,
         use_cache: bool = False,
         **kwargs,  # `output_hidden_states`, `output_attentions`
     ) -> FusedOutput:

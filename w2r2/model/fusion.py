@@ -76,7 +76,8 @@ METHODS = {"add": Add, "concat": Concat, "cross-attention": CrossAttention}
 
 # %% ../../nbs/model/01_fusion.ipynb #adab921e
 class Fusion(nn.Module):
-    "Phi of equations 1 and 3: projects F3D to the width of F2D and fuses; raises ValueError for a name that it does not know."
+    """Phi of equations 1 and 3: projects F3D to the width of F2D and fuses; raises ValueError for a name that it does
+    not know."""
 
     def __init__(
         self,

@@ -88,11 +88,12 @@ class Packer:
 
     def __call__(
         self,
-        scenes: list[
-            dict
-        ],  # f2d (P, d), geometry (P, g), poses (V, 4, 4), visual_index (N,), queries: list of (prompt ids, answer ids or None)
+        # f2d (P, d), geometry (P, g), poses (V, 4, 4), visual_index (N,), queries: list of (prompt ids, answer ids or
+        # None)
+        scenes: list[dict],
     ) -> dict[str, torch.Tensor]:
-        "The batch: `input_ids`, `segment`, `labels`, `answer_slot` (B, T); `position_ids` (3, B, T); `attention_mask` (B, 1, T, T) bool; `visual_index` (B, N), -1 where padded; `f2d`, `geometry` (B, N, ...); `poses`."
+        """The batch: `input_ids`, `segment`, `labels`, `answer_slot` (B, T); `position_ids` (3, B, T); `attention_mask`
+        (B, 1, T, T) bool; `visual_index` (B, N), -1 where padded; `f2d`, `geometry` (B, N, ...); `poses`."""
         rows = [self._sequence(scene) for scene in scenes]
 
         def stack(values, fill):

@@ -23,7 +23,8 @@ def scene_of(
     chosen: Sequence[int],  # queries to ask
     answers: Sequence[int | None] | None = None,  # per query, which of its answers to teach; None: do not teach
 ) -> dict:  # f2d (P, d), geometry (P, g), poses (V, 4, 4), visual_index (N,), queries: list of dict, index
-    "One scene as the model takes it: `queries` hold task, prompt, answer, view, box and number. Prompts and answers that are boxes stay empty until `Collator`."
+    """One scene as the model takes it: `queries` hold task, prompt, answer, view, box and number. Prompts and answers
+    that are boxes stay empty until `Collator`."""
     asked, index = [], features.visual_index[scene].astype(np.int64)
     for place, number in enumerate(chosen):
         taught = (
@@ -98,7 +99,8 @@ class Scenes(Dataset):
 
 # %% ../../nbs/model/07_scenes.ipynb #0eacd605
 class Collator:
-    "Scenes to a batch: what `Packer` returns and `tasks`, `views`, `numbers` (B, Q), -1 where padded, `boxes` (B, Q, 6), NaN where there is none, and `scene` (B,); `shortcut` (B,) if an intervention hid the geometry of some."
+    """Scenes to a batch: what `Packer` returns and `tasks`, `views`, `numbers` (B, Q), -1 where padded, `boxes` (B, Q,
+    6), NaN where there is none, and `scene` (B,); `shortcut` (B,) if an intervention hid the geometry of some."""
 
     def __init__(self, packer: Packer):
         self.packer = packer

@@ -107,7 +107,8 @@ def granularity(
         + (
             f"= {cell * queries / 100:.0f}/{queries}"
             if reachable(cell, queries)
-            else f"is {cell * queries / 100:.2f} of {queries} queries, possible only for a mean of {next(r for r in range(2, 99) if reachable(cell, queries * r))} or more runs"
+            else f"is {cell * queries / 100:.2f} of {queries} queries, possible only for a mean of "
+            f"{next(r for r in range(2, 99) if reachable(cell, queries * r))} or more runs"
         )
         for cell in cells
     ]
@@ -115,7 +116,8 @@ def granularity(
         return Finding(CONSISTENT, f"{', '.join(said)}")
     return Finding(
         CONTRADICTED,
-        f"only 2D: {'; '.join(said)}. 2D + 3D: {own[0]} / {own[1]} is {own[0] * queries / 100:.0f} and {own[1] * queries / 100:.0f} of {queries}. The two rows have two sample sets",
+        f"only 2D: {'; '.join(said)}. 2D + 3D: {own[0]} / {own[1]} is {own[0] * queries / 100:.0f} and "
+        f"{own[1] * queries / 100:.0f} of {queries}. The two rows have two sample sets",
     )
 
 # %% ../../nbs/report/03_claims.ipynb #e2035500
@@ -138,7 +140,10 @@ def quoted(paper: dict, system: str) -> Finding:
     others = "".join(
         f"; {v['variant']}: {v['values'][0]} / {v['values'][1]}" for v in paper["sources"][system] if v is not variant
     )
-    said = f"{'equal to' if difference < 0.05 else 'no published variant found; nearest'} '{variant['variant']}': {variant['values'][0]} / {variant['values'][1]} ({variant['where']}){others}"
+    said = (
+        f"{'equal to' if difference < 0.05 else 'no published variant found; nearest'} '{variant['variant']}': "
+        f"{variant['values'][0]} / {variant['values'][1]} ({variant['where']}){others}"
+    )
     if difference >= 0.05:
         return Finding(NOT_TESTABLE, f"{said}; not run here")
     return (
@@ -154,7 +159,8 @@ def blind_is_better(paper: dict, system: str) -> Finding:
     blind, real = paper["table1"]["only 2D"][system][1], paper["sources"][system][0]["values"][1]
     return Finding(
         NOT_TESTABLE,
-        f"by 3D IoU, {blind} without 3D input would be {'above' if blind > real else 'below'} the {real} that the system reports with sensor depth; by the overlap of image masks, "
+        f"by 3D IoU, {blind} without 3D input would be {'above' if blind > real else 'below'} the {real} that the "
+        f"system reports with sensor depth; by the overlap of image masks, "
         "in which its other row is printed, it would be another measure than section 4.1 says",
     )
 
@@ -169,7 +175,8 @@ def premise(paper: dict) -> Finding:
 
     return Finding(
         NOT_TESTABLE,
-        f"Video-3D LLM without its 3D position code keeps {pair(without)} of {pair(full)} on ScanRefer, where proposals still bring 3D in, "
+        f"Video-3D LLM without its 3D position code keeps {pair(without)} of {pair(full)} on ScanRefer, where "
+        f"proposals still bring 3D in, "
         f"but CIDEr {without['captions']} of {full['captions']} on Scan2Cap: it depends on the task",
     )
 
@@ -182,9 +189,8 @@ def drops(paper: dict) -> Finding:
     )
     return Finding(
         NOT_TESTABLE,
-        "a matter of degree: in Table 1 itself 3D input is worth {:.1f} to {:.1f} points of Acc@0.25 and {:.1f} to {:.1f} of Acc@0.5".format(
-            *np.c_[lost.min(0), lost.max(0)].ravel()
-        ),
+        "a matter of degree: in Table 1 itself 3D input is worth {:.1f} to {:.1f} points of Acc@0.25 and {:.1f} to "
+        "{:.1f} of Acc@0.5".format(*np.c_[lost.min(0), lost.max(0)].ravel()),
     )
 
 # %% ../../nbs/report/03_claims.ipynb #1963033a
@@ -216,7 +222,8 @@ def leads(
     rival = next((v["queries"] for v in paper["sources"].get(ranked[1], []) if "queries" in v and metric != "EM"), n)
     return Finding(
         CONSISTENT,
-        f"{said}; {interval(own, n)}, {interval(rows[ranked[1]], rival)}. The order of printed numbers only: the rows differ in metric and sample (see the metric mix)",
+        f"{said}; {interval(own, n)}, {interval(rows[ranked[1]], rival)}. The order of printed numbers only: the "
+        f"rows differ in metric and sample (see the metric mix)",
     )
 
 # %% ../../nbs/report/03_claims.ipynb #0ed8831d
@@ -238,7 +245,8 @@ def figure_and_table(
         return Finding(CONTRADICTED, f"Table 2 prints {table} at {dial} = {default}, more than the peak")
     return Finding(
         NOT_TESTABLE,
-        f"needs a curve that falls by {point['value'] - table:.1f} from {dial} = {point['dial']} to the default {default}, where Table 2 prints {table}; the curve's points are not printed",
+        f"needs a curve that falls by {point['value'] - table:.1f} from {dial} = {point['dial']} to the default "
+        f"{default}, where Table 2 prints {table}; the curve's points are not printed",
     )
 
 # %% ../../nbs/report/03_claims.ipynb #a731ca06
@@ -264,7 +272,10 @@ def gradient(paper: dict) -> Finding:
     value, printed = hinge_gradient("expected", stop=True)
     _, decoded = hinge_gradient("decoded", stop=False)
     _, reading = hinge_gradient("expected", stop=False)
-    said = f"hinge active ({value:.2f}), gradient {printed:g} with the stop-gradient as printed, {decoded:g} for a decoded box without it, {reading:.2f} for an expected box without it"
+    said = (
+        f"hinge active ({value:.2f}), gradient {printed:g} with the stop-gradient as printed, {decoded:g} for a "
+        f"decoded box without it, {reading:.2f} for an expected box without it"
+    )
     return Finding(
         CONTRADICTED if printed == 0 else CONSISTENT,
         f"{said}. As printed, W2R2 is plain fine-tuning for every lambda and mu",
@@ -278,8 +289,10 @@ def hinge(paper: dict) -> Finding:
     highest, lowest = max(c[1] for c in cells.values()), min(c[1] for c in cells.values())
     return Finding(
         NOT_TESTABLE,
-        f"the margin mu = {mu} leaves alone every answer with IoU <= {mu}: at least {100 - highest:.1f} % ({100 - lowest:.1f} % for the lowest row) of the "
-        f"2D-only answers of Table 1, of which only {lowest} to {highest} % pass 0.5. The share that passes {mu} is not printed, and neither is that of the training data: an indication, of grounding only",
+        f"the margin mu = {mu} leaves alone every answer with IoU <= {mu}: at least {100 - highest:.1f} % "
+        f"({100 - lowest:.1f} % for the lowest row) of the "
+        f"2D-only answers of Table 1, of which only {lowest} to {highest} % pass 0.5. The share that passes {mu} is "
+        f"not printed, and neither is that of the training data: an indication, of grounding only",
     )
 
 # %% ../../nbs/report/03_claims.ipynb #2bfa8608
@@ -314,7 +327,8 @@ def compare(
     share: float = None,  # claim that `a` is more than this share of `b` instead, for every seed
     scores: dict = {},  # per scene, from `w2r2.report.results.read_scores`
 ) -> Finding:
-    "Decide a claim by the difference of two sides, in points; of the diagnosis, whose measures are no shares, in hundredths."
+    """Decide a claim by the difference of two sides, in points; of the diagnosis, whose measures are no shares, in
+    hundredths."""
     chosen = select(results, **choose)
     what = f"{_say(choose)}; {_say(a)}"
     if above is not None:
@@ -323,7 +337,8 @@ def compare(
             return Finding(PENDING, f"no result for {what}")
         return Finding(
             REPRODUCED if values.mean() > above else NOT_REPRODUCED,
-            f"{what}: {100 * values.mean():.2g} % on average, {len(values)} seeds; the claim needs more than {100 * above:g} %",
+            f"{what}: {100 * values.mean():.2g} % on average, {len(values)} seeds; the claim needs more than "
+            f"{100 * above:g} %",
         )
     what += f" {'of' if share else 'minus'} {_say(b)}"
     d = contrast(chosen, a, b, scores)
@@ -363,7 +378,10 @@ def peak(
         others, key=lambda value: others[value].value
     )  # the point that comes nearest to the paper's, or passes it
     d = others[rival]
-    said = f"{_say(choose)}: best at {dial} = {best:g} ({100 * means[best]:.1f}); the paper's {at:g} ({100 * means[at]:.1f}) minus {rival:g}"
+    said = (
+        f"{_say(choose)}: best at {dial} = {best:g} ({100 * means[best]:.1f}); the paper's {at:g} "
+        f"({100 * means[at]:.1f}) minus {rival:g}"
+    )
     if not np.isfinite(d.low):
         return Finding(PENDING, f"{said}: too few seeds")
     held = best == at and all(other.low > 0 for other in others.values())
@@ -394,7 +412,8 @@ def audit(
     paper: dict = None,  # from `read_paper`; None: the file in data/
     scores: dict = {},
     noise: float
-    | None = None,  # the regime that decides: geometry noise, in the place of reconstructed geometry; None: the noisiest
+    # the regime that decides: geometry noise, in the place of reconstructed geometry; None: the noisiest
+    | None = None,
 ) -> pd.DataFrame:  # id, where, claim, status, evidence, link
     "Every claim with what became of it; boxes as the model gives them, not refined by proposals."
     paper, rows = paper or read_paper(), []

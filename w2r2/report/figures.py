@@ -137,14 +137,16 @@ def overview() -> Figure:
     axis.text(
         7.8,
         -0.4,
-        "$\\mathcal{L}_{total} = \\mathcal{L}_{align} + \\lambda\\,\\mathcal{L}_{deterrence}$,   $s$: similarity of the 2D-only answer to the truth (3D IoU for boxes)",
+        "$\\mathcal{L}_{total} = \\mathcal{L}_{align} + \\lambda\\,\\mathcal{L}_{deterrence}$,   $s$: similarity of "
+        "the 2D-only answer to the truth (3D IoU for boxes)",
         ha="center",
         fontsize=8,
     )
     axis.text(
         7.8,
         -0.95,
-        "sg: stop-gradient, as in the paper; it leaves the push without effect, and the readings of Eq. 6 differ in what they put in its place",
+        "sg: stop-gradient, as in the paper; it leaves the push without effect, and the readings of Eq. 6 differ in "
+        "what they put in its place",
         ha="center",
         fontsize=8,
     )
@@ -161,7 +163,10 @@ def conditions(
     )
     seeds = "-".join(map(str, dict.fromkeys([figures.seeds.min(), figures.seeds.max()])))
     over = " / ".join(kind for kind in figures.interval.unique() if kind != "none")
-    return f"geometry noise {noise}, boxes refined: {refined}, seeds: {seeds}, 95 % intervals over {over or 'nothing: too few seeds'}"
+    return (
+        f"geometry noise {noise}, boxes refined: {refined}, seeds: {seeds}, 95 % intervals over "
+        f"{over or 'nothing: too few seeds'}"
+    )
 
 # %% ../../nbs/report/04_figures.ipynb #7730aab1
 PANELS = {

@@ -25,7 +25,8 @@ def against_plain(
     proposals: str = "no",  # or "yes": boxes refined by proposals
     scores: dict = {},  # per scene, from `w2r2.report.results.read_scores`
 ) -> pd.DataFrame:  # noise, where, arm, against, seeds, value, low, high: points of accuracy
-    "Fused accuracy of every arm minus that of the arm of plain fine-tuning with as many steps, in pairs of queries and seeds."
+    """Fused accuracy of every arm minus that of the arm of plain fine-tuning with as many steps, in pairs of queries
+    and seeds."""
     chosen, rows = select(results, task="scanrefer", metric=metric, proposals=proposals, **{"pass": "fused"}), []
     for noise, (where, together) in product(sorted(chosen.noise.unique(), reverse=True), splits.items()):
         here = select(chosen, noise=noise, split=together)

@@ -250,7 +250,8 @@ def anchors(
         for view, (axis, seen) in enumerate(zip(row, values)):
             axis.set_title(f"view {view}: up to {np.nanmax(seen, initial=0):.1f} × even", fontsize=8, pad=2)
     figure.suptitle(
-        f"{example.scene_id}, layer {layer}: “{example.text}”\nbrightness: root of the attention, full from {full:g} × an even spread; darkest: not shown to the model",
+        f"{example.scene_id}, layer {layer}: “{example.text}”\nbrightness: root of the attention, full from "
+        f"{full:g} × an even spread; darkest: not shown to the model",
         fontsize=9,
     )
     return figure

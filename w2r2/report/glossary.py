@@ -12,10 +12,13 @@ import pandas as pd
 GLOSSARY = {
     "arm": {
         "plain": "fine-tuning on Eq. 2 alone, without a push",
-        "plain longer": "control: plain with more steps. As many more as a push on every scene costs without its gradient (table cost); since the push acts on some scenes only, this is more than equal compute",
+        "plain longer": "control: plain with more steps. As many more as a push on every scene costs without its "
+        "gradient (table cost); since the push acts on some scenes only, this is more than equal "
+        "compute",
         "plain long": "control: plain with as many steps as intervention long",
         "literal": "Eq. 6 as printed: its stop-gradient leaves nothing to learn from, so it equals plain",
-        "direct": "Eq. 6 without its stop-gradient, at the paper's lam and mu: the paper's method, so far as it can be trained",
+        "direct": "Eq. 6 without its stop-gradient, at the paper's lam and mu: the paper's method, so far as it can "
+        "be trained",
         "direct active": "direct, with a margin so low that the hinge acts",
         "features": "direct, with the stop-gradient moved to the visual tokens",
         "score": "Eq. 6 of the decoded answer, as the cost of a policy gradient",
@@ -23,10 +26,13 @@ GLOSSARY = {
         "reweight": "queries that the only-2D pass can answer get another weight in the loss",
         "poe": "product of experts: the loss sees the product of the fused and the only-2D prediction; no hinge",
         "whatwhere": "the only-2D pass may say what; its distributions over coordinates are pushed flat; no hinge",
-        "counterfactual": "the hinge of direct, on the box that still fits the old target though the geometry was moved",
-        "re-forming": "plain, and the visual tokens inside the decoder must tell where their patch is and what it looks like",
+        "counterfactual": "the hinge of direct, on the box that still fits the old target though the geometry was "
+        "moved",
+        "re-forming": "plain, and the visual tokens inside the decoder must tell where their patch is and what it "
+        "looks like",
         "anchors": "plain, and attention pays for agreeing with what the only-2D pass attends to off the target",
-        "intervention": "in a share of the training scenes geometry and target are moved together, the images left as they are",
+        "intervention": "in a share of the training scenes geometry and target are moved together, the images left "
+        "as they are",
         "intervention long": "intervention with more steps, to compare with plain long",
         "intervention and re-forming": "both at once",
         "intervention and counterfactual": "both at once",
@@ -39,7 +45,8 @@ GLOSSARY = {
         "mean box of the class": "always the mean training box of the class",
         "random proposal": "any proposal of the scene",
         "largest proposal": "the proposal of largest volume",
-        "answer to the first words": "the most frequent training answer to questions that begin with the same two words",
+        "answer to the first words": "the most frequent training answer to questions that begin with the same two "
+        "words",
     },
     "input": {
         "2D + 3D": "the fused pass: images and geometry",
@@ -60,30 +67,42 @@ GLOSSARY = {
     },
     "number": {
         "Acc@0.25, Acc@0.5": "share of ScanRefer descriptions whose box has at least this IoU with the true box [%]",
-        "BLEU-4, CIDEr": "Scan2Cap captions against the references, times 100. The true box is given, so no object is missed and the IoU threshold in the metric's name does nothing",
+        "BLEU-4, CIDEr": "Scan2Cap captions against the references, times 100. The true box is given, so no object "
+        "is missed and the IoU threshold in the metric's name does nothing",
         "EM": "share of ScanQA questions answered exactly [%]",
-        "Overall": "mean of the five columns of table 2, as the paper forms it, though CIDEr is no percentage; without interval",
-        "following slope": "how far the predicted box moves when the geometry alone is moved, per distance moved: 1 = geometry decides where, 0 = appearance does",
-        "CKA 2D, CKA 3D": "linear centred kernel alignment of fused tokens with only-2D or only-3D tokens after the last layer: 1 = alike, 0 = unrelated",
-        "centroid 2D, centroid 3D": "distance between the centres of these clouds of tokens, in units of their spread: 0 = same place",
-        "mixing 2D, mixing 3D": "share of nearest neighbours from the other cloud, over one half: 1 = as chance mixes them, 0 = apart",
+        "Overall": "mean of the five columns of table 2, as the paper forms it, though CIDEr is no percentage; "
+        "without interval",
+        "following slope": "how far the predicted box moves when the geometry alone is moved, per distance moved: 1 "
+        "= geometry decides where, 0 = appearance does",
+        "CKA 2D, CKA 3D": "linear centred kernel alignment of fused tokens with only-2D or only-3D tokens after the "
+        "last layer: 1 = alike, 0 = unrelated",
+        "centroid 2D, centroid 3D": "distance between the centres of these clouds of tokens, in units of their "
+        "spread: 0 = same place",
+        "mixing 2D, mixing 3D": "share of nearest neighbours from the other cloud, over one half: 1 = as chance "
+        "mixes them, 0 = apart",
         "activation": "share of the training queries on which the hinge of Eq. 6 is not zero",
-        "of rival, minus rival": "mean of the arm in column against, and the paired difference from it: the same scenes, and the seeds that both have",
+        "of rival, minus rival": "mean of the arm in column against, and the paired difference from it: the same "
+        "scenes, and the seeds that both have",
     },
     "mark": {
-        "[low, high]": "95 % interval over scenes and seeds, or over scenes where there is one seed, cut to what the number can be",
+        "[low, high]": "95 % interval over scenes and seeds, or over scenes where there is one seed, cut to what "
+        "the number can be",
         "†": "interval over seeds only (Student's t)",
         "‡": "interval over records only (Wilson)",
-        "no brackets": "no interval: fewer than three seeds, of a number that is no mean over scenes; or a mean of other numbers",
+        "no brackets": "no interval: fewer than three seeds, of a number that is no mean over scenes; or a mean of "
+        "other numbers",
         "–": "not measured, or without meaning",
     },
     "dial": {
-        "noise": "error of the geometry that the model is shown, in training and at test: 0 = sensor depth; more stands in for reconstructed geometry",
-        "refined": '"by sensor depth": each box is replaced by the proposal that overlaps it most. Proposals are made from sensor depth without noise, so these rows use clean 3D whatever their input and noise',
+        "noise": "error of the geometry that the model is shown, in training and at test: 0 = sensor depth; more "
+        "stands in for reconstructed geometry",
+        "refined": '"by sensor depth": each box is replaced by the proposal that overlaps it most. Proposals are '
+        "made from sensor depth without noise, so these rows use clean 3D whatever their input and noise",
         "lam": "weight of Eq. 6 in the loss",
         "mu": "margin of Eq. 6: a similarity below it costs nothing",
         "steps": "of fine-tuning; an arm with times has as many times the steps",
-        "push_every": "Eq. 6 acts on one scene in so many and counts as many times there: the same on average for less compute",
+        "push_every": "Eq. 6 acts on one scene in so many and counts as many times there: the same on average for "
+        "less compute",
         "per_device_train_batch_size": "scenes in a training step",
         "seeds": "runs that a number is the mean of",
     },
@@ -102,7 +121,8 @@ def glossary(
     params: dict,  # params.yaml
     recipe: dict,  # data/recipes/splits.yaml
 ) -> pd.DataFrame:  # kind, term, meaning, setting
-    "Every term with its setting, empty where it has none; raises `ValueError` for an arm of the parameters that has no entry."
+    """Every term with its setting, empty where it has none; raises `ValueError` for an arm of the parameters that has
+    no entry."""
     arms, dials, base = params["train"]["arms"], params["w2r2"], recipe["base"]
     if unknown := set(arms) - set(GLOSSARY["arm"]):
         raise ValueError(f"glossary: no entry for {', '.join(sorted(unknown))}")

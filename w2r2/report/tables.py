@@ -154,7 +154,8 @@ def grid(
     column: str = "metric",  # whose values become columns
     digits: int = 1,
 ) -> pd.DataFrame:
-    "A tidy table as text, in the order of its rows; the last column is the number of seeds. Raises `ValueError` for two numbers in one place."
+    """A tidy table as text, in the order of its rows; the last column is the number of seeds. Raises `ValueError` for
+    two numbers in one place."""
     lines, seeds = {}, {}
     for row in (_with_printed(tidy, column) if "printed" in tidy else tidy).to_dict("records"):
         # pandas takes no NaN as equal to another: a dial that means nothing becomes a dash
@@ -314,7 +315,8 @@ def arms_table(
     baseline: str = "plain",
     scores: dict = {},
 ) -> pd.DataFrame:
-    "Fused accuracy of every arm, that of its rival on the same seeds, and the paired difference; the rival is the baseline, or an arm `baseline ...` of as many steps."
+    """Fused accuracy of every arm, that of its rival on the same seeds, and the paired difference; the rival is the
+    baseline, or an arm `baseline ...` of as many steps."""
     chosen = select(
         at_defaults(results, defaults),
         task="scanrefer",
@@ -453,7 +455,8 @@ def write_table(
     name: str,  # of the files, without ending
     caption: str,  # one sentence or more
 ) -> list[Path]:
-    "Write name.csv, name.md and name.tex; in name.md a cell that names a section of a notebook, NOTEBOOK.ipynb#SECTION, is a link from reports/tables/paper/."
+    """Write name.csv, name.md and name.tex; in name.md a cell that names a section of a notebook,
+    NOTEBOOK.ipynb#SECTION, is a link from reports/tables/paper/."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     caption = (PRINTED if "printed" in tidy else "") + caption
@@ -475,7 +478,10 @@ def write_table(
 
 # %% ../../nbs/report/02_tables.ipynb #2187e4b0
 LEGEND = "Terms and marks: table glossary."
-REFINED = "Refined by sensor depth: boxes snapped to proposals made from sensor depth without noise, hence clean 3D whatever the input and noise of the line."
+REFINED = (
+    "Refined by sensor depth: boxes snapped to proposals made from sensor depth without noise, hence clean 3D "
+    "whatever the input and noise of the line."
+)
 
 
 def write_all(
@@ -513,7 +519,8 @@ def write_all(
             "metric",
             1,
             "protocol",
-            "Readings of Eq. 6, controls and the intervention: fused accuracy in percent, and the paired difference from the rival in column against.",
+            "Readings of Eq. 6, controls and the intervention: fused accuracy in percent, and the paired difference "
+            "from the rival in column against.",
         ),
         "robustness_camera": (
             shifts[camera | (shifts.split == "test")],
@@ -584,9 +591,13 @@ def write_all(
             pages["cost"],
             folder,
             "cost",
-            "CPU time of a training step relative to plain fine-tuning: median [quartiles] over paired rounds. Measured on an untrained model, whose hinge is inactive, with 16 scenes a step "
-            "(the experiment: per_device_train_batch_size in table glossary). In the experiment a push acts on one scene in push_every; the arm plain longer has the steps that a push on every scene would cost, so it has more than equal compute. "
-            f"A timing ({'; '.join(dict.fromkeys(timing.machine))}), from nbs/bench/step_cost.ipynb: a rerun gives similar numbers, not the same.",
+            "CPU time of a training step relative to plain fine-tuning: median [quartiles] over paired rounds. "
+            "Measured on an untrained model, whose hinge is inactive, with 16 scenes a step "
+            "(the experiment: per_device_train_batch_size in table glossary). In the experiment a push acts on one "
+            "scene in push_every; the arm plain longer has the steps that a push on every scene would cost, so it "
+            "has more than equal compute. "
+            f"A timing ({'; '.join(dict.fromkeys(timing.machine))}), from nbs/bench/step_cost.ipynb: a rerun gives "
+            f"similar numbers, not the same.",
         )
     if audited is not None:
         pages["claims"] = audited.drop(columns="id")

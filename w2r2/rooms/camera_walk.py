@@ -212,7 +212,8 @@ def look(
 ) -> tuple[
     np.ndarray, np.ndarray, np.ndarray
 ]:  # (V, H, W) float32 depth [m], (V, H, W) int32 face or -1, (V, H * W, 3) float32 rays
-    "Exact depth and face of every pixel, and the rays (world directions with camera z = 1); depth is infinite where nothing is hit."
+    """Exact depth and face of every pixel, and the rays (world directions with camera z = 1); depth is infinite where
+    nothing is hit."""
     rays = pixel_rays(K, size) @ poses[:, :3, :3].transpose(0, 2, 1).astype(np.float32)
     origins = np.broadcast_to(poses[:, None, :3, 3].astype(np.float32), rays.shape).reshape(-1, 3)
     depth, face = caster.first_hit(np.ascontiguousarray(origins), rays.reshape(-1, 3))

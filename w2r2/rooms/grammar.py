@@ -63,7 +63,8 @@ class Grammar:
                 unknown = [s for s in slots if s not in self.rules]
                 if unknown:
                     raise ValueError(
-                        f"grammar: pattern {' '.join(pattern)!r} of {name!r} has the unknown slot {unknown[0]!r}; known are {', '.join(sorted(self.rules))}"
+                        f"grammar: pattern {' '.join(pattern)!r} of {name!r} has the unknown slot {unknown[0]!r}; "
+                        f"known are {', '.join(sorted(self.rules))}"
                     )
                 signature = tuple(sorted(s for s in slots if s not in self.context))
                 self.options.setdefault((name, key, signature), []).append(pattern)

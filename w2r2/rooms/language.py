@@ -41,7 +41,8 @@ class Speaker:
         for i, nouns in self.words["noun"].items():
             if not nouns:
                 raise ValueError(
-                    f"grammar: no noun names {self.items[i].category!r} of shape {self.items[i].shape!r} (object {i} of {scene.scene_id}); add it under words: noun:"
+                    f"grammar: no noun names {self.items[i].category!r} of shape {self.items[i].shape!r} (object "
+                    f"{i} of {scene.scene_id}); add it under words: noun:"
                 )
         self.names = {i: self._names(i) for i in sorted(self.facts.seen)}
         self.about, self.described = self._about(), {}  # described: forms of anchors without a name, found when needed

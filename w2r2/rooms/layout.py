@@ -243,10 +243,12 @@ def assemble(
 # %% ../../nbs/rooms/02_layout.ipynb #72950cf2
 def generate(
     number: int,  # scene number: the seed, and the number in the scene id
-    split: dict,  # knobs, see the catalogue's `defaults`: kinds, objects, object_scale, room_scale, clutter; others are ignored
+    # knobs, see the catalogue's `defaults`: kinds, objects, object_scale, room_scale, clutter; others are ignored
+    split: dict,
     catalogue: dict,  # from w2r2.rooms.shapes.load_catalogue
 ) -> Scene:
-    "Scene `number`; the same arguments give the same bytes. Raises ValueError if the knobs leave no room for that many objects."
+    """Scene `number`; the same arguments give the same bytes. Raises ValueError if the knobs leave no room for that
+    many objects."""
     knobs = {name: split.get(name, value) for name, value in catalogue["defaults"].items()}
     unknown = set(knobs["kinds"]) - set(catalogue["kinds"])
     if unknown:

@@ -197,7 +197,8 @@ def best(
 
 # %% ../../nbs/rooms/05_relations.ipynb #28664c77
 class Facts:
-    "What is true in a scene: each answer is a pair (ids that surely fit, ids that possibly fit), the second containing the first."
+    """What is true in a scene: each answer is a pair (ids that surely fit, ids that possibly fit), the second
+    containing the first."""
 
     inverse = {
         "has on it": "on",
@@ -214,7 +215,8 @@ class Facts:
     ):
         if visible.ndim != 2 or visible.shape[1] != len(scene.items):
             raise ValueError(
-                f"{scene.scene_id}: visible has shape {visible.shape}; expected (views, {len(scene.items)}), one column per item"
+                f"{scene.scene_id}: visible has shape {visible.shape}; expected (views, {len(scene.items)}), one "
+                f"column per item"
             )
         self.scene, self.items, self.words = scene, scene.items, grammar["words"]
         self.things = frozenset(i.id for i in self.items if i.category not in grammar["structure"])

@@ -77,7 +77,8 @@ def make_light(
     scene: Scene,
     rng: np.random.Generator,
 ) -> Light:
-    "Sun and sky outdoors, a lamp near the ceiling and a window's side light indoors; brightness follows the size of the room."
+    """Sun and sky outdoors, a lamp near the ceiling and a window's side light indoors; brightness follows the size of
+    the room."""
     angle, lift = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 0.6)
     side = np.array([0.35 * np.cos(angle), 0.35 * np.sin(angle), lift])
     if not any(item.category == "ceiling" for item in scene.items):
@@ -230,7 +231,8 @@ def scan(
     split: dict,  # the knobs in `KNOBS`
     rng: np.random.Generator,
 ) -> Recording:
-    "Walk through a scene with both cameras; the same generator state gives the same bytes. Raises ValueError for scenes or splits that cannot be scanned."
+    """Walk through a scene with both cameras; the same generator state gives the same bytes. Raises ValueError for
+    scenes or splits that cannot be scanned."""
     missing = [k for k in KNOBS if k not in split]
     if missing:
         raise ValueError(f"{scene.scene_id}: the split lacks {missing}; the scanner needs {list(KNOBS)}")
@@ -260,7 +262,8 @@ def boxes_2d(
     recording: Recording,
     items: int,  # number of items of the scene
 ) -> np.ndarray:  # (V, items, 4) int64
-    "Tight boxes (left, top, right, bottom) of the visible pixels [pixel], right and bottom inclusive; -1 where an item is not seen."
+    """Tight boxes (left, top, right, bottom) of the visible pixels [pixel], right and bottom inclusive; -1 where an
+    item is not seen."""
     views, height, width = recording.instance.shape
     boxes = np.full((views, items + 1, 4), -1)
     view, row, column = np.indices(recording.instance.shape)

@@ -16,7 +16,8 @@ import yaml
 # %% ../../nbs/rooms/00_shapes.ipynb #d7bc897a
 def solid(
     sides: int,  # corners of each ring; 4 gives squares aligned with the axes
-    rings: list,  # per ring [height, scale] or [height, x0, x1, y0, y1], fractions of the unit box; outside first, then inside
+    # per ring [height, scale] or [height, x0, x1, y0, y1], fractions of the unit box; outside first, then inside
+    rings: list,
 ) -> tuple[np.ndarray, np.ndarray]:  # vertices (N, 3) in the unit box, faces (F, 3) oriented outwards
     "A closed solid in the unit box, as a stack of rings."
     angle = 2 * np.pi * (np.arange(sides) + (0.5 if sides == 4 else 0)) / sides

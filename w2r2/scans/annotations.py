@@ -234,7 +234,8 @@ class LabelTable:
     "Raw label -> ScanNet id, nyu40 id and nyu40 class, as dictionaries."
 
     columns = (
-        "id raw_category category count nyu40id eigen13id nyuClass nyu40class eigen13class ModelNet40 ModelNet10 ShapeNetCore55 "
+        "id raw_category category count nyu40id eigen13id nyuClass nyu40class eigen13class ModelNet40 ModelNet10 "
+        "ShapeNetCore55 "
         "synsetoffset wnsynsetid wnsynsetkey mpcat40 mpcat40index"
     ).split()
 

@@ -231,7 +231,8 @@ def _intersection_volume(
 def box_iou_oriented(
     a: torch.Tensor,  # (..., 9) oriented boxes: centre, size [m], intrinsic Z-X-Y angles [rad]
     b: torch.Tensor,  # (..., 9), broadcast against `a`
-    eps: float = 0.0,  # pairs with a face triangle below this area score 0 [m²]; `EPSILON["vgllm"]` for VG-LLM's operator
+    # pairs with a face triangle below this area score 0 [m²]; `EPSILON["vgllm"]` for VG-LLM's operator
+    eps: float = 0.0,
 ) -> torch.Tensor:  # (...), differentiable almost everywhere
     "Exact IoU of pairs of oriented boxes; 0 where a box has no volume, NaN where a number is NaN."
     _check_boxes(a, 9)

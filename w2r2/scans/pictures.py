@@ -192,8 +192,8 @@ def scan_figure(
 def save_page(
     figure: go.Figure,
     path: str | Path,  # ending in .html
-    plotly: bool
-    | str = True,  # its script: True puts it into the page, "directory" beside it, once for all pages of a folder
+    # its script: True puts it into the page, "directory" beside it, once for all pages of a folder
+    plotly: bool | str = True,
 ):
     "Write an interactive figure as a page that needs no network."
     path = Path(path)

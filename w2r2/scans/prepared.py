@@ -59,14 +59,14 @@ def prepare_scan(
 # %% ../../nbs/scans/09_prepared.ipynb #bb6d9820
 @dataclass(frozen=True)
 class Prepared:
-    "The prepared views of a split: memory-mapped arrays whose first axis is the scene. Made by `prepare`, opened by `Prepared.open`."
+    """The prepared views of a split: memory-mapped arrays whose first axis is the scene. Made by `prepare`, opened by
+    `Prepared.open`."""
 
     scenes: list[str]  # (S,) scene ids
     color: np.ndarray  # (S, V, H, W, 3) uint8
     depth: np.ndarray  # (S, V, h, w) float32 [m], 0 = no measurement
-    instance: (
-        np.ndarray
-    )  # (S, V, H, W) uint8 object id + 1; 0 = none, and everywhere where the release has no instance images
+    # (S, V, H, W) uint8 object id + 1; 0 = none, and everywhere where the release has no instance images
+    instance: np.ndarray
     poses: np.ndarray  # (S, V, 4, 4) float64 camera-to-world in the aligned frame; NaN = no such view
     intrinsic_color: np.ndarray  # (S, 4, 4) [pixels]
     intrinsic_depth: np.ndarray  # (S, 4, 4) [pixels]

@@ -65,7 +65,8 @@ def vertex_objects(
     groups: Iterable[Group],  # in the order of the file
     file: str | Path = "aggregation",  # named in the error
 ) -> np.ndarray:  # (N,) int64 object id of each vertex, -1 = none
-    "Owner of each vertex: the last-listed object that contains its segment. Raises `ScanNetError` for a segment that no vertex has."
+    """Owner of each vertex: the last-listed object that contains its segment. Raises `ScanNetError` for a segment that
+    no vertex has."""
     ids, segment = np.unique(segments, return_inverse=True)
     owner = np.full(len(ids), -1, np.int64)
     for group in groups:
@@ -202,7 +203,8 @@ class Scan:
 
     @cached_property
     def nyu40(self) -> np.ndarray:
-        "(M,) int64 nyu40 id of each object: that of the label of its first segment, which only differs from its own label where objects overlap."
+        """(M,) int64 nyu40 id of each object: that of the label of its first segment, which only differs from its own
+        label where objects overlap."""
         order = {label: i for i, label in enumerate(dict.fromkeys(group.label for group in self.groups))}
         label_of = {
             segment: group.label
@@ -228,7 +230,8 @@ class Scan:
 
     @cached_property
     def frames(self) -> Sens | FrameFolder:
-        "The recording: `<scene>.sens`, or an export of it in the scan's folder or in `posed_images/<scene>`; poses as stored."
+        """The recording: `<scene>.sens`, or an export of it in the scan's folder or in `posed_images/<scene>`; poses as
+        stored."""
         places = [self.file(".sens"), inside(self.folder), scene_folder(self.root / "posed_images", self.scene_id)]
         found = next(
             (
@@ -283,7 +286,8 @@ def objects_of_vertices(
     face_objects: np.ndarray,  # (F,) int object id, -1 = none
     count: int,  # number of vertices
 ) -> np.ndarray:  # (count,) int64, -1 for vertices without a face
-    "Object of each vertex; raises `ScanNetError` for a vertex that two objects share, since it would stretch one of the boxes."
+    """Object of each vertex; raises `ScanNetError` for a vertex that two objects share, since it would stretch one of
+    the boxes."""
     objects = np.full(count, -1, np.int64)
     objects[faces] = np.asarray(face_objects)[:, None]
     torn = np.flatnonzero((objects[faces] != np.asarray(face_objects)[:, None]).any(1))
@@ -320,12 +324,13 @@ def write_scan(
     intrinsic_color: np.ndarray,  # (4, 4) [pixels]
     intrinsic_depth: np.ndarray,  # (4, 4) [pixels]
     instance: np.ndarray | None = None,  # (V, H, W) uint8 object id + 1 seen by the colour camera, 0 = none
-    axis_alignment: np.ndarray
-    | None = None,  # (4, 4) rigid, from the stored frame to the aligned frame; None: identity
+    # (4, 4) rigid, from the stored frame to the aligned frame; None: identity
+    axis_alignment: np.ndarray | None = None,
     scene_type: str = "Misc",
     quality: int = 90,  # of the jpegs
 ) -> Path:  # the scan's folder
-    "Writes recording, mesh, segments, instances and camera text of one scan. Raises `ScanNetError` for inconsistent input."
+    """Writes recording, mesh, segments, instances and camera text of one scan. Raises `ScanNetError` for inconsistent
+    input."""
     folder = scene_folder(Path(root) / "scans", scene_id)
 
     def require(true, where, problem):

@@ -170,7 +170,8 @@ def decode_depth(
         raise ScanNetError(
             file,
             where,
-            f"depth of {'more than ' * (len(data) > expected)}{min(len(data), expected):,} bytes where {expected:,} are announced",
+            f"depth of {'more than ' * (len(data) > expected)}{min(len(data), expected):,} bytes where {expected:,} "
+            f"are announced",
         )
     return np.frombuffer(data, "<u2").reshape(height, width)
 
@@ -301,7 +302,8 @@ def write_sens(
     frames: Iterable[Frame],  # compressed as the header says; consumed one at a time
     imu: np.ndarray | None = None,  # (M,) of dtype IMU
 ) -> Path:
-    "Writes a version 4 stream. The file appears when complete; raises `ScanNetError` for frames that do not fit the header."
+    """Writes a version 4 stream. The file appears when complete; raises `ScanNetError` for frames that do not fit the
+    header."""
     imu = np.zeros(0, IMU) if imu is None else np.ascontiguousarray(imu, IMU)
     layout = (header.color_compression, header.depth_compression, header.color_size, header.depth_size)
     count, head = 0, pack_header(header.check(), 0)
@@ -355,7 +357,8 @@ def index_frames(
 
 # %% ../../nbs/scans/03_sens.ipynb #5edd0998
 class Sens:
-    "A `.sens` version 4 recording, memory-mapped: `len(sens)`, `sens[i]`, iteration. Closes itself as a context manager."
+    """A `.sens` version 4 recording, memory-mapped: `len(sens)`, `sens[i]`, iteration. Closes itself as a context
+    manager."""
 
     def __init__(
         self,

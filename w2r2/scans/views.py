@@ -23,7 +23,8 @@ def uniform_views(
 
 # %% ../../nbs/scans/08_views.ipynb #c7be8f40
 def voxel_bits(
-    points: np.ndarray,  # (V, P, 3) back-projected depth of each frame in one common frame [m]; nan where nothing was measured
+    # (V, P, 3) back-projected depth of each frame in one common frame [m]; nan where nothing was measured
+    points: np.ndarray,
     size: float = 0.1,  # edge of a voxel [m]
 ) -> np.ndarray:  # (V, W) uint64, bit k of a row set if the frame measured something in voxel k
     "Which voxels each frame sees, as packed bits."

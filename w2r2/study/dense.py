@@ -78,9 +78,8 @@ class DenseLabels:
 
     names: list[list[str]]  # per attribute
     attributes: torch.Tensor  # (n, P, 4) place in `names`; -1 = nothing there, or a name that is not in the list
-    box2d: (
-        torch.Tensor
-    )  # (n, P, 4) from the middle of the patch to the left, top, right and bottom end of what it shows [patch]
+    # (n, P, 4) from the middle of the patch to the left, top, right and bottom end of what it shows [patch]
+    box2d: torch.Tensor
     box3d: torch.Tensor  # (n, P, 6) its box in the frame of the view [m]
     point: torch.Tensor  # (n, P, 3) mean measured point of the patch in that frame [m]
     measured: torch.Tensor  # (n, P, 1) share of the patch with depth

@@ -96,7 +96,8 @@ def slope(
     effect: np.ndarray,  # (n,)
     groups: np.ndarray,  # (n,) scene
 ) -> Interval:
-    "Least-squares slope through the origin, with its 95 % bootstrap interval over scenes; raises ValueError as `bootstrap`."
+    """Least-squares slope through the origin, with its 95 % bootstrap interval over scenes; raises ValueError as
+    `bootstrap`."""
     cause, effect = np.asarray(cause, float), np.asarray(effect, float)
     return bootstrap(
         np.column_stack([cause * effect, cause**2]), groups, statistic=lambda sums: sums[..., 0] / sums[..., 1]
@@ -141,7 +142,8 @@ def following_slope(
     shifts: Sequence = SHIFTS,  # (3,) each, in the scan frame [m]
     **options,  # of `answer`
 ) -> Interval:
-    "Slope of the predicted displacement on a known shift of the geometry: 1 = geometry decides where, 0 = the images do."
+    """Slope of the predicted displacement on a known shift of the geometry: 1 = geometry decides where, 0 = the images
+    do."""
     moved = displacements(model, scenes, packer, tokenizer, shifts, **options)
     return slope(moved["shift"], moved["displacement"], moved["scene"])
 
@@ -163,7 +165,8 @@ def mirrored(
 
 # %% ../../nbs/study/01_diagnose.ipynb #f06d89d2
 def _distances(scene: dict, query: dict, view: int, columns: int, margin: float = 0.1) -> tuple[float, float]:
-    "Mean distance ahead of the patches of a view that show the box of a query, and of their mirror images [m]; NaN if none does."
+    """Mean distance ahead of the patches of a view that show the box of a query, and of their mirror images [m]; NaN if
+    none does."""
     per_view = len(scene["geometry"]) // len(scene["poses"])
     own = scene["geometry"][view * per_view : (view + 1) * per_view, :12].double().reshape(per_view, 4, 3).mean(1)
     points = transform_points(gravity_frame(scene["poses"][view]), own)
@@ -180,7 +183,8 @@ def mirror_test(
     degrees: float = 5,  # answers nearer to the middle of the view have no side
     **options,  # of `answer`
 ) -> dict[str, Interval]:
-    "Slopes of 'direction' (1 = it goes where appearance goes) and 'distance' (1 = it is that of the geometry there), and the 'share' that changes sides; intervals over scenes."
+    """Slopes of 'direction' (1 = it goes where appearance goes) and 'distance' (1 = it is that of the geometry there),
+    and the 'share' that changes sides; intervals over scenes."""
     scenes, columns = _grounding(scenes), packer.grid[1]
     before = answer(model, scenes, packer, tokenizer, **options)
     after = answer(
@@ -223,7 +227,8 @@ def attention_maps(
 ) -> dict[
     str, np.ndarray
 ]:  # "fused" and "2d": (ScanRefer queries, views, rows, columns), NaN for patches that the model is not shown
-    "Attention of the answers to the visual tokens, in units of an even spread; raises ValueError without ScanRefer queries."
+    """Attention of the answers to the visual tokens, in units of an even spread; raises ValueError without ScanRefer
+    queries."""
     batch, passes = _states(model, scene, packer)
     maps = {}
     for name, states in passes.items():
@@ -271,12 +276,13 @@ def attention_on_target(
     model: FusedVLM,
     scenes: Sequence[dict],  # as the model sees them
     packer: Packer,
-    exact: Sequence[dict]
-    | None = None,  # the same scenes with exact geometry, which says what is on the target; None: it is exact
+    # the same scenes with exact geometry, which says what is on the target; None: it is exact
+    exact: Sequence[dict] | None = None,
 ) -> (
     pd.DataFrame
 ):  # pass, layer (counted from 0), share, even (the share of an even spread), n (queries whose target has a patch)
-    "The share of the answers' attention to visual tokens that falls on the target, layer by layer; mean over queries. Raises ValueError without ScanRefer queries."
+    """The share of the answers' attention to visual tokens that falls on the target, layer by layer; mean over queries.
+    Raises ValueError without ScanRefer queries."""
     rows = []
     for scene, known in zip(scenes, scenes if exact is None else exact, strict=True):
         batch, passes = _states(model, scene, packer)

@@ -232,7 +232,8 @@ def latent_figures(
     scenes: list[dict],  # as from `w2r2.model.scenes.scene_of`, without queries
     packer: Packer,
 ) -> list[dict]:  # metric, n, value
-    "Linear CKA, centroid distance and neighbourhood mixing of fused tokens with 2D and with 3D tokens, after the last layer."
+    """Linear CKA, centroid distance and neighbourhood mixing of fused tokens with 2D and with 3D tokens, after the last
+    layer."""
     seen = token_states(model, (packer([scene]) for scene in scenes))
     last = latent_geometry(
         replace(seen, layers=seen.layers[-1:], states={name: states[-1:] for name, states in seen.states.items()}),
@@ -247,7 +248,9 @@ def latent_figures(
 
 
 def evaluate(
-    settings: dict,  # "model", "features", "proposals", "root": folders; "noise"; "per_task": split or "other" -> see `sample`; "slope_scenes"; "splits": split -> names of `w2r2.study.diagnose.PASSES`, "slope", "latent"
+    # "model", "features", "proposals", "root": folders; "noise"; "per_task": split or "other" -> see `sample`;
+    # "slope_scenes"; "splits": split -> names of `w2r2.study.diagnose.PASSES`, "slope", "latent"
+    settings: dict,
     folder: Path,  # the answers go to folder / "SPLIT_PASS.npz", displacements to "SPLIT_slope.csv"
     tell: Callable[[int], None],  # is told the number of passes done
 ) -> list[dict]:  # see `summary`, with split, task, metric, protocol, proposals, pass
@@ -316,7 +319,8 @@ def chance(
     asked: list[dict],  # ScanQA records of the training split
     proposals: dict,  # scene -> (P, 6) boxes
 ) -> dict[str, list[tuple[str, str, str, Measure]]]:  # name of the floor -> as from `score`
-    "Scores of answers that do not depend on what the scene looks like; nothing for a task that the sample does not have."
+    """Scores of answers that do not depend on what the scene looks like; nothing for a task that the sample does not
+    have."""
     prior, records = class_boxes(train), [truth.described[name] for name in truth.ids(0)]
     boxes = {
         "random box": random_box(records, prior, proposals),

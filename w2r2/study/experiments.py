@@ -27,7 +27,8 @@ class Run:
     "One training run: an arm at one seed, on one geometry regime."
 
     arm: str
-    settings: dict  # everything that decides the outcome: `noise`, `seed`, `steps`, fields of `W2R2Config`, digests of the inputs
+    # everything that decides the outcome: `noise`, `seed`, `steps`, fields of `W2R2Config`, digests of the inputs
+    settings: dict
 
     @property
     def key(self) -> str:
@@ -35,7 +36,8 @@ class Run:
 
     @property
     def place(self) -> str:
-        "Its folder below that of all runs; plain fine-tuning, which the diagnosis needs before anything else, stands apart."
+        """Its folder below that of all runs; plain fine-tuning, which the diagnosis needs before anything else, stands
+        apart."""
         return f"{'plain' if self.arm == 'plain' else 'arms'}/{self.key}"
 
     @property
@@ -97,7 +99,8 @@ class Run:
 def effective(
     settings: dict,  # of one run
 ) -> dict:
-    "The settings without those that have no effect: without a push there is neither `lam` nor `mu`, and some readings have no margin. Raises `ValueError` for an unknown reading."
+    """The settings without those that have no effect: without a push there is neither `lam` nor `mu`, and some readings
+    have no margin. Raises `ValueError` for an unknown reading."""
     reading = settings.get("reading", "none")
     if reading not in READINGS:
         raise ValueError(f"no reading {reading!r} of Eq. 6; there are {', '.join(READINGS)}")
@@ -109,7 +112,8 @@ def plan(
     params: dict,  # sections `w2r2` and `train` of params.yaml
     inputs: dict | None = None,  # noise level -> digest of what a run on it reads
 ) -> list[Run]:
-    "The runs of the chosen set, each arm and setting once; raises `ValueError` for a set, an arm or a sweep that the parameters do not have."
+    """The runs of the chosen set, each arm and setting once; raises `ValueError` for a set, an arm or a sweep that the
+    parameters do not have."""
 
     def entry(kind, name):
         known = params["train"][kind]
@@ -207,7 +211,9 @@ def collect(
     trainings: list[Job],  # of the runs, finished
     evaluations: list[Job],  # of the runs, finished
     scores: str
-    | Path,  # a folder for each run goes here: scores.json, what each scene contributes, and SPLIT_slope.csv, the displacements of the answers
+    # a folder for each run goes here: scores.json, what each scene contributes, and SPLIT_slope.csv, the displacements
+    # of the answers
+    | Path,
 ) -> pd.DataFrame:  # the labels of each run, split, task, metric, protocol, proposals, pass, n, value
     "The results of all runs; raises `FileNotFoundError` for a job that is not finished."
     shutil.rmtree(scores, ignore_errors=True)

@@ -183,10 +183,11 @@ def workers_of(
 
 def execute(
     jobs: list[Job],  # finished ones are skipped; of several for the same folder the first is done
-    workers: int = 1,  # processes on this machine, one thread each; 0: in this process, one after the other, for a debugger
+    # processes on this machine, one thread each; 0: in this process, one after the other, for a debugger
+    workers: int = 1,
     title: str = "",  # of the progress bar
-    scheduler: str
-    | None = None,  # address; None: what dask is configured to use (DASK_SCHEDULER_ADDRESS), or else this machine
+    # address; None: what dask is configured to use (DASK_SCHEDULER_ADDRESS), or else this machine
+    scheduler: str | None = None,
 ) -> int:  # how many jobs were done now
     """Do jobs in parallel, with one progress bar on standard error if it takes longer than five seconds. After all others are
     done, raises `RuntimeError` naming those that failed, each with the end of its log."""

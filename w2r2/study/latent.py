@@ -71,7 +71,8 @@ def linear_cka(
     a: torch.Tensor,  # (n, hidden)
     b: torch.Tensor,  # (n, other hidden) of the same patches
 ) -> float:
-    "Linear centred kernel alignment, 0 to 1 (Kornblith et al., 2019); raises ValueError for unequal lengths and for features that do not vary."
+    """Linear centred kernel alignment, 0 to 1 (Kornblith et al., 2019); raises ValueError for unequal lengths and for
+    features that do not vary."""
     if len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} rows: CKA compares features of the same patches")
     a, b = (x.double() - x.double().mean(0) for x in (a, b))
@@ -96,7 +97,8 @@ def neighbourhood_mixing(
     b: torch.Tensor,  # (n, hidden) of the same patches
     k: int = 10,  # neighbours
 ) -> float:
-    "Share of the k nearest neighbours that belong to the other cloud, over one half; raises ValueError for too few points."
+    """Share of the k nearest neighbours that belong to the other cloud, over one half; raises ValueError for too few
+    points."""
     if len(a) != len(b) or not 1 <= k <= 2 * len(a) - 2:
         raise ValueError(f"{len(a)} and {len(b)} points: needs as many of each, and more than {k} neighbours")
     both, n = torch.cat([a, b]).double(), len(a)

@@ -83,7 +83,8 @@ def decode(
 
 
 def _without(batch: dict[str, torch.Tensor], ended: torch.Tensor) -> dict[str, torch.Tensor]:
-    "The batch less those of the (Q,) new tokens that are padding in every scene: nobody sees them, and long answers need not carry short ones along."
+    """The batch less those of the (Q,) new tokens that are padding in every scene: nobody sees them, and long answers
+    need not carry short ones along."""
     rows, every = ~ended, torch.nn.functional.pad(~ended, (batch["segment"].shape[1] - len(ended), 0), value=True)
     return (
         batch
@@ -114,12 +115,10 @@ class Predictions:
     tasks: np.ndarray  # (n,) 0 ScanRefer, 1 Scan2Cap, 2 ScanQA
     texts: list[str]  # what the model wrote
     views: np.ndarray  # (n,) view that the box is said in, -1 where there is no box
-    boxes: (
-        np.ndarray
-    )  # (n, 6) in the scan frame [m], NaN where there is no box; only ScanRefer's answers are read as boxes
-    own: (
-        np.ndarray
-    )  # (n,) bool, False for an answer that is no box but should be, or would be none without being held to the format
+    # (n, 6) in the scan frame [m], NaN where there is no box; only ScanRefer's answers are read as boxes
+    boxes: np.ndarray
+    # (n,) bool, False for an answer that is no box but should be, or would be none without being held to the format
+    own: np.ndarray
 
 
 _BLIND = {None: {}, "2d": {"blind": "2d"}, "3d": {"shortcut": True}, "both": {"blind": "2d", "shortcut": True}}
@@ -136,7 +135,8 @@ def answer(
     batch_size: int = 16,  # scenes
     longest: int = 48,  # tokens in an answer
 ) -> Predictions:
-    "What a model answers to all queries of the scenes, decoded greedily; answers that the scenes hold are not shown to it. Raises KeyError for an unknown `blind`."
+    """What a model answers to all queries of the scenes, decoded greedily; answers that the scenes hold are not shown
+    to it. Raises KeyError for an unknown `blind`."""
     collate, texts, parts, done = Collator(packer), [], [], 0
     for first in range(0, len(scenes), batch_size):
         rows = [scenes[row] for row in range(first, min(first + batch_size, len(scenes)))]
@@ -186,7 +186,8 @@ def read_words(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
 ) -> list[int]:  # token ids
-    "The tokens of a sentence, with a warning that names the words that the model does not know; raises ValueError for a sentence without a known word."
+    """The tokens of a sentence, with a warning that names the words that the model does not know; raises ValueError for
+    a sentence without a known word."""
     told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     unknown = [
         text[start:end]
@@ -223,9 +224,11 @@ def ground(
     model: FusedVLM,
     scan: Scan,
     texts: Sequence[str],  # descriptions of objects
-    refined: bool = False,  # replace each box by the proposal that overlaps it most; proposals come from depth and colour alone
+    # replace each box by the proposal that overlaps it most; proposals come from depth and colour alone
+    refined: bool = False,
     blind: str
-    | None = None,  # what the model may not see, as in `answer`; a backbone that has not learned from geometry is asked with "3d"
+    # what the model may not see, as in `answer`; a backbone that has not learned from geometry is asked with "3d"
+    | None = None,
     packer: Packer | None = None,  # this and the next: those in the folder of the model, where not given
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options,  # of `look`
@@ -265,7 +268,8 @@ def describe(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options,
 ) -> list[str]:
-    "Captions of the objects in the boxes; further arguments as for `ground`. Raises ValueError for a box that no view shows."
+    """Captions of the objects in the boxes; further arguments as for `ground`. Raises ValueError for a box that no view
+    shows."""
     scene, views = look(model, scan, **options)
     if named is None:
         named = best_views(
@@ -274,7 +278,8 @@ def describe(
     hidden = [number for number, view in enumerate(named) if view < 0]
     if hidden:
         raise ValueError(
-            f"{scan.scene_id}: none of the {len(views['color'])} views shows box {hidden[0]}; describe another, or let the model see more views"
+            f"{scan.scene_id}: none of the {len(views['color'])} views shows box {hidden[0]}; describe another, or "
+            f"let the model see more views"
         )
     return _respond(
         model,

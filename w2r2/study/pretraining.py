@@ -212,7 +212,8 @@ def code_bins(
     packer: Packer,
     generator: torch.Generator,
 ):
-    "Start the tokens of coordinates from sines and cosines of their metres, mixed at random; one mixture for positions, another for sizes."
+    """Start the tokens of coordinates from sines and cosines of their metres, mixed at random; one mixture for
+    positions, another for sizes."""
     bins, width = packer.bins, embedding.embedding_dim
     wavelengths = 0.4 * 2.0 ** torch.arange(6)  # [m]; for sizes 2.5 times as fine
     mixtures = torch.randn(2, 12, width, generator=generator) * 0.168 / 12**0.5

@@ -73,7 +73,8 @@ class NineNumbers:
 def gravity_frame(
     poses: torch.Tensor,  # (..., 4, 4) camera-to-scan poses, scan z up
 ) -> torch.Tensor:  # (..., 4, 4) transforms from the frame of the view (x right, y forward, z up) to the scan
-    "The gravity-aligned frame of each view; a camera that looks straight up or down takes the top of its image for forward."
+    """The gravity-aligned frame of each view; a camera that looks straight up or down takes the top of its image for
+    forward."""
     steep = poses[..., :2, 2].norm(dim=-1, keepdim=True) < 1e-6
     forward = torch.where(steep, -poses[..., :2, 1] * poses[..., 2:3, 2].neg().sign(), poses[..., :2, 2])
     cos, sin = torch.nn.functional.normalize(forward, dim=-1).unbind(-1)
@@ -139,7 +140,8 @@ class Bins:
         boxes: torch.Tensor,  # (..., 6) boxes in the scan frame [m]
         poses: torch.Tensor,  # (..., V, 4, 4) camera-to-scan poses of all views
     ) -> tuple[torch.Tensor, int]:
-        "(..., 7) token ids, and how many coordinates were out of range and went to the nearest bin; raises ValueError for a view without a token."
+        """(..., 7) token ids, and how many coordinates were out of range and went to the nearest bin; raises ValueError
+        for a view without a token."""
         if ((views < 0) | (views >= self.views)).any():
             raise ValueError(f"view {int(views.max())}: there are tokens for {self.views} views; set Bins(views=...)")
         values = to_view(boxes, gravity_frame(_chosen(poses, views)))
@@ -162,7 +164,8 @@ class Bins:
             or ((ids[..., 0] < 0) | (ids[..., 0] >= poses.shape[-3])).any()
         ):
             raise ValueError(
-                f"token ids must be one view of {poses.shape[-3]}, then one of {self.count} bins of x, y, z, w, d and h; parse text instead"
+                f"token ids must be one view of {poses.shape[-3]}, then one of {self.count} bins of x, y, z, w, d "
+                f"and h; parse text instead"
             )
         values = self.centres(poses).expand(*bins.shape, self.count).gather(-1, bins[..., None]).squeeze(-1)
         return from_view(values, gravity_frame(_chosen(poses, ids[..., 0])))
@@ -173,7 +176,8 @@ class Bins:
         probabilities: torch.Tensor,  # (..., 6, count) distribution over the bins of each coordinate
         poses: torch.Tensor,  # (..., V, 4, 4) camera-to-scan poses of all views
     ) -> torch.Tensor:  # (..., 6) boxes in the scan frame
-        "The box of the expected coordinates: what `decode` gives for a certain model, and differentiable for an uncertain one."
+        """The box of the expected coordinates: what `decode` gives for a certain model, and differentiable for an
+        uncertain one."""
         return from_view(
             (probabilities * self.centres(probabilities)).sum(-1),
             gravity_frame(_chosen(poses, views).to(probabilities)),
@@ -200,7 +204,8 @@ class Bins:
         text: str,  # what a model wrote
         poses: np.ndarray,  # (V, 4, 4) camera-to-scan poses of the views it saw
     ) -> tuple[np.ndarray | None, str]:
-        "The (6,) box in the scan frame and 'ok', or None and the kind of fault. Words around the seven tokens are ignored."
+        """The (6,) box in the scan frame and 'ok', or None and the kind of fault. Words around the seven tokens are
+        ignored."""
         tokens = re.findall(r"<(view|[xyzwdh])_(\d{1,6})>", text)
         if not tokens:
             return None, "no box"

@@ -43,9 +43,13 @@ class Proposals:
     scores: np.ndarray  # (P,) confidences; 1 where the file has none
 
 
-_CONVERT = """Convert it on a machine where the file is trusted: python -c "import sys, numpy as np; d = np.load(sys.argv[1], allow_pickle=True); \
-p = [np.asarray(q)[:, :3] if len(q) else np.zeros((1, 3)) for q in d['ins_pcds']]; np.savez(sys.argv[2], ins_boxes=[np.r_[(q.min(0) + q.max(0)) / 2, np.ptp(q, 0)] for q in p], \
-ins_labels=d['ins_labels'].astype(str), ins_scores=d['ins_scores'].astype(float))" OLD.npz NEW.npz"""
+_CONVERT = (
+    'Convert it on a machine where the file is trusted: python -c "import sys, numpy as np; '
+    "d = np.load(sys.argv[1], allow_pickle=True); "
+    "p = [np.asarray(q)[:, :3] if len(q) else np.zeros((1, 3)) for q in d['ins_pcds']]; "
+    "np.savez(sys.argv[2], ins_boxes=[np.r_[(q.min(0) + q.max(0)) / 2, np.ptp(q, 0)] for q in p], "
+    "ins_labels=d['ins_labels'].astype(str), ins_scores=d['ins_scores'].astype(float))\" OLD.npz NEW.npz"
+)
 
 _PROPOSALS = fastjsonschema.compile(
     {
@@ -81,7 +85,8 @@ def _from_npz(path: Path) -> tuple:
         raise ScanNetError(
             path,
             "archive",
-            f"{error.args[0].split()[0]} is missing, and lists of point clouds (ins_pcds) are pickled objects, which are not read",
+            f"{error.args[0].split()[0]} is missing, and lists of point clouds (ins_pcds) are pickled objects, "
+            f"which are not read",
             _CONVERT,
         ) from None
     except Exception as error:  # NumPy raises whatever zipfile, zlib and its own header parser raise
@@ -123,7 +128,8 @@ def fuse(
     intrinsic_depth: np.ndarray,  # (4, 4) or (3, 3) [pixels]
     intrinsic_color: np.ndarray,  # (4, 4) or (3, 3) [pixels]
 ) -> tuple[np.ndarray, np.ndarray]:
-    "The measured points (N, 3) [m] of all views in the scan frame, and their colours (N, 3) in 0..1 (the nearest pixel's, at the image's edge too)."
+    """The measured points (N, 3) [m] of all views in the scan frame, and their colours (N, 3) in 0..1 (the nearest
+    pixel's, at the image's edge too)."""
     points = back_project(depth, intrinsic_depth, poses).reshape(len(depth), -1, 3)
     pixels = project(points, intrinsic_color, poses)[0]
     measured = np.isfinite(pixels).all(-1)
@@ -160,7 +166,8 @@ def voxel_graph(
     features: np.ndarray,  # (N, C)
     size: float,  # edge of a voxel [m]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    "Mean position (M, 3) and smoothed mean feature (M, C) of each voxel, the pairs (E, 2) of neighbours, and their differences in feature (E,)."
+    """Mean position (M, 3) and smoothed mean feature (M, C) of each voxel, the pairs (E, 2) of neighbours, and their
+    differences in feature (E,)."""
     cells = np.floor(points / size).astype(np.int64)
     cells -= cells.min(0) - 1
     shape = cells.max(0) + 2  # an empty border: neighbours never wrap around
@@ -241,8 +248,8 @@ def propose(
     colors: np.ndarray | None = None,  # (N, 3) in 0..1; None: geometry alone
     size: float = 0.06,  # edge of a voxel [m]
 ) -> np.ndarray:  # (P, 6) boxes [m], largest first
-    """Candidate objects from geometry and colour, without a detector. Deterministic, and the same on every processor: what
-    is compared with a threshold is rounded first, so that the last digits of the points decide nothing."""
+    """Candidate objects from geometry and colour, without a detector. Deterministic, and the same on every
+    processor: what is compared with a threshold is rounded first, so that the last digits decide nothing."""
     if not len(points):
         return np.zeros((0, 6))
     points = np.round(points * 4096) / 4096  # a quarter of a millimetre

@@ -65,7 +65,8 @@ def read_records(
     path: str | Path,  # a JSON file that holds a list
     schema: dict,  # JSON schema of one record
 ) -> list[dict]:
-    "The records of a benchmark file; raises `ScanNetError` naming the record and the field that differs from the schema."
+    """The records of a benchmark file; raises `ScanNetError` naming the record and the field that differs from the
+    schema."""
     path, check = regular_file(path), fastjsonschema.compile(schema)
     try:
         records = json.loads(path.read_bytes())
@@ -117,10 +118,13 @@ class Report:
         return self.records - self.unknown.total() - len(self.duplicates)
 
     def __str__(self):
+        def some(names: list[str]) -> str:
+            return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
+
         return (
-            f"{self.file}: {self.used:,} of {self.records:,} records used; {self.unknown.total():,} are of {len(self.unknown)} scenes that are not at hand"
-            f"{' (' + ', '.join(sorted(self.unknown)[:3]) + (', …' if len(self.unknown) > 3 else '') + ')' if self.unknown else ''}; "
-            f"{len(self.duplicates):,} are duplicates{' (' + ', '.join(self.duplicates[:3]) + (', …' if len(self.duplicates) > 3 else '') + ')' if self.duplicates else ''}"
+            f"{self.file}: {self.used:,} of {self.records:,} records used; {self.unknown.total():,} are of "
+            f"{len(self.unknown)} scenes that are not at hand{some(sorted(self.unknown))}; "
+            f"{len(self.duplicates):,} are duplicates{some(self.duplicates)}"
         )
 
 
@@ -207,7 +211,8 @@ def choose_frames(
     sampling: str = "uniform",  # or "coverage", see `coverage_views`
     seed: int = 0,  # draws among equals
 ) -> np.ndarray:  # positions in `scan.frames`, increasing
-    "Frames with a pose for a model to see; raises ValueError for an unknown sampling and `ScanNetError` for a scan without any."
+    """Frames with a pose for a model to see; raises ValueError for an unknown sampling and `ScanNetError` for a scan
+    without any."""
     valid = scan.frames.valid
     if not len(valid):
         raise ScanNetError(scan.folder, "recording", "no frame has a pose", "Leave the scan out")
@@ -268,7 +273,8 @@ def scene_views(
 
 # %% ../../nbs/tasks/01_samples.ipynb #79f87d11
 PROMPTS = {
-    "scanrefer": "The views show one scene. Name the view that shows the described object best, and give the object's box in that view. Description: {text}",
+    "scanrefer": "The views show one scene. Name the view that shows the described object best, and give the "
+    "object's box in that view. Description: {text}",
     "scan2cap": "The views show one scene. Describe the object at {text} in detail.",
     "scanqa": "The views show one scene. Answer with a word or a short phrase. Question: {text}",
 }
