@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENVIRONMENT', 'TOPIC', 'ATTEMPTS', 'Job', 'check_one_thread', 'carry_out', 'logged', 'on_worker', 'workers_of',
-           'execute']
+           'execute', 'spread']
 
 # %% ../../nbs/study/05_jobs.ipynb #3e0f3d68
 import importlib
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from joblib import parallel_config
 from tqdm import tqdm
 
 from ..machine import SWITCHES
@@ -245,3 +246,15 @@ def _end_of_log(job: Job) -> str:
     path = Path(job.folder) / "log.txt"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return "\n".join(text.splitlines()[-15:])
+
+# %% ../../nbs/study/05_jobs.ipynb #ca087eba
+@contextmanager
+def spread():
+    "What joblib does within the block, the workers of dask's configured scheduler do, if there is one."
+    if address := _configured():
+        from distributed import Client
+
+        with Client(address, set_as_default=False) as client, parallel_config("dask", client=client):
+            yield
+    else:
+        yield
