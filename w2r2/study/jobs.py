@@ -190,8 +190,8 @@ def execute(
     # address; None: what dask is configured to use (DASK_SCHEDULER_ADDRESS), or else this machine
     scheduler: str | None = None,
 ) -> int:  # how many jobs were done now
-    """Do jobs in parallel, with one progress bar on standard error if it takes longer than five seconds. After all others are
-    done, raises `RuntimeError` naming those that failed, each with the end of its log."""
+    """Do jobs in parallel, with one progress bar on standard error if it takes longer than five seconds. After all
+    others are done, raises `RuntimeError` naming those that failed, each with the end of its log."""
     todo = list({job.folder: job for job in reversed(jobs) if not job.finished}.values())[::-1]
     if not todo:
         return 0
