@@ -166,7 +166,7 @@ def workers_of(
             n_workers=workers,
             threads_per_worker=1,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any free port; None would take 8787, and warn where it is taken
             memory_limit=None,
             local_directory=scratch,
             silence_logs=logging.CRITICAL,  # a lost worker is reported with its job
