@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from w2r2.rooms.grammar import Grammar, parse, to_tokens
-from w2r2.rooms.language import ask, describe
+from w2r2.rooms.language import ask_scene, describe_scene
 from w2r2.rooms.layout import generate
 from w2r2.rooms.shapes import load_catalogue
 
@@ -219,7 +219,7 @@ def test_words_point_to_one_object(split):
     for number in range(knobs["first"], knobs["first"] + 8):
         scene = generate(number, knobs, CATALOGUE)
         visible = seen(scene, number)
-        records, programs = describe(scene, visible, np.random.default_rng(number), GRAMMAR)
+        records, programs = describe_scene(scene, visible, np.random.default_rng(number), GRAMMAR)
         judge = Plain(scene)
         for record, program in zip(records, programs):
             target = int(record["object_id"])
@@ -244,7 +244,7 @@ def test_answers_are_true():
     checked = set()
     for number in range(8):
         scene = generate(number, knobs, CATALOGUE)
-        records, programs = ask(scene, seen(scene, number), np.random.default_rng(number), GRAMMAR, "train")
+        records, programs = ask_scene(scene, seen(scene, number), np.random.default_rng(number), GRAMMAR, "train")
         judge = Plain(scene)
         for record, program in zip(records, programs):
             truth = judge.truth(program["about"])

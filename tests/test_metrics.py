@@ -7,7 +7,7 @@ from golden import golden
 from w2r2.metrics import measures, scan2cap, scanqa, scanrefer
 from w2r2.metrics.accuracy import unique_multiple
 from w2r2.metrics.captions import NO_JAVA, has_java, ptb_tokenize
-from w2r2.metrics.dense_captions import PROTOCOLS, benchmark_corpus, caption_corpus, object_key
+from w2r2.metrics.dense_captions import CAPTION_PROTOCOLS, benchmark_corpus, caption_corpus, object_key
 from w2r2.metrics.exact_match import clean_answer, leo_match
 
 needs_java = pytest.mark.skipif(not has_java(), reason=NO_JAVA)
@@ -133,7 +133,7 @@ def test_ll3da_is_the_original_with_single_blanks(peers):
     _, annotations, predictions = peers
     references, candidates = caption_corpus(predictions, annotations, 0.5, "ll3da")
     assert references == caption_corpus(predictions, annotations, 0.5, "scan2cap")[0]
-    assert all("  " not in candidate for (candidate,) in candidates.values()) and PROTOCOLS["ll3da"].strict
+    assert all("  " not in candidate for (candidate,) in candidates.values()) and CAPTION_PROTOCOLS["ll3da"].strict
 
 
 @needs_java

@@ -1,5 +1,6 @@
 """What holds the project together: its configuration, its pipeline, its command, its recorded scenes."""
 
+import ast
 import copy
 import json
 import os
@@ -13,7 +14,8 @@ import yaml
 
 from w2r2.cli import main
 from w2r2.rooms import release as rooms
-from w2r2.scans.scan import Scan, read_split
+from w2r2.scans.annotations import read_split
+from w2r2.scans.scan import Scan
 
 ROOT = Path(__file__).parents[1]
 
@@ -192,3 +194,15 @@ def test_notebooks_merge_by_cell(tmp_path):
     git("merge", "-q", "-m", "both", "theirs")
     merged = ["".join(cell["source"]) for cell in json.loads((tmp_path / "page.ipynb").read_text())["cells"]]
     assert sum(text.endswith("# theirs") for text in merged) == sum(text.endswith("# ours") for text in merged) == 1
+
+
+def test_public_names_are_unique():
+    """A digest of code follows names through the library, and a reader searches for them."""
+    defined = {}
+    for path in sorted((ROOT / "w2r2").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                for name in ast.literal_eval(node.value):
+                    defined.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
+    assert len(defined) > 300
+    assert {name: paths for name, paths in defined.items() if len(paths) > 1} == {}

@@ -9,21 +9,10 @@ import numpy as np
 import pytest
 from corruption import corrupt, guarded
 
-from w2r2.scans.annotations import write_aggregation, write_segments
-from w2r2.scans.scan import (
-    FrameFolder,
-    Group,
-    LabelTable,
-    Mesh,
-    Scan,
-    export_frames,
-    objects_of_vertices,
-    read_split,
-    vertex_objects,
-    write_ply,
-    write_scan,
-    write_split,
-)
+from w2r2.scans.annotations import Group, LabelTable, read_split, write_aggregation, write_segments, write_split
+from w2r2.scans.frames import FrameFolder, export_frames
+from w2r2.scans.ply import Mesh, write_ply
+from w2r2.scans.scan import Scan, objects_of_vertices, vertex_objects, write_scan
 
 TURN = np.array([[0.8, -0.6, 0, 1.5], [0.6, 0.8, 0, -0.25], [0, 0, 1, 0.1], [0, 0, 0, 1]])
 

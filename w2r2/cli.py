@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['DATA', 'app', 'SceneId', 'Root', 'Json', 'Html', 'Model', 'Blind', 'LINE_COLORS', 'Hidden', 'write_page', 'show',
-           'looking', 'load_quietly', 'say', 'ground', 'ask', 'describe', 'rooms', 'Benchmark', 'score', 'verdict',
-           'main']
+           'looking', 'load_quietly', 'say', 'run_ground', 'run_ask', 'run_describe', 'rooms', 'Benchmark', 'run_score',
+           'verdict', 'main']
 
 # %% ../nbs/03_cli.ipynb #3d4a9567
 import json
 import sys
 import textwrap
 import warnings
-from enum import Enum, StrEnum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -138,10 +138,11 @@ def say(
 
 
 @app.command(
+    "ground",
     epilog='examples: w2r2 ground scene9000_00 "the black couch" "a red armchair" --html found.html; '
-    'w2r2 ground scene0000_00 "the door" --root ~/scannet --model runs/mine --refined --json'
+    'w2r2 ground scene0000_00 "the door" --root ~/scannet --model runs/mine --refined --json',
 )
-def ground(
+def run_ground(
     scene: SceneId,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="description of an object")],
     root: Root = DATA / "samples",
@@ -172,8 +173,8 @@ def ground(
     say([{"text": text, "box": np.round(box, 3).tolist()} for text, box in zip(texts, boxes)], as_json)
 
 
-@app.command(epilog='example: w2r2 ask scene9000_00 "what color is the couch?" "how many chairs are there?"')
-def ask(
+@app.command("ask", epilog='example: w2r2 ask scene9000_00 "what color is the couch?" "how many chairs are there?"')
+def run_ask(
     scene: SceneId,
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION...", help="in words")],
     root: Root = DATA / "samples",
@@ -191,8 +192,8 @@ def ask(
     say([{"question": question, "answer": answer} for question, answer in zip(questions, answers)], as_json)
 
 
-@app.command(epilog="example: w2r2 describe scene9000_00 --object 8 --object 9")
-def describe(
+@app.command("describe", epilog="example: w2r2 describe scene9000_00 --object 8 --object 9")
+def run_describe(
     scene: SceneId,
     objects: Annotated[
         list[int], typer.Option("--object", metavar="ID", help="as listed by `w2r2 show`; may be given again")
@@ -256,10 +257,11 @@ class Benchmark(StrEnum):
 
 
 @app.command(
+    "score",
     epilog="example: w2r2 score --benchmark scanrefer --protocol scanrefer predictions.json "
-    "--annotations ScanRefer_filtered_val.json. A protocol that does not exist is answered with those that do."
+    "--annotations ScanRefer_filtered_val.json. A protocol that does not exist is answered with those that do.",
 )
-def score(
+def run_score(
     predictions: Annotated[list[str], typer.Argument(help="prediction file, or one for each seed")],
     benchmark: Annotated[Benchmark, typer.Option()],
     protocol: Annotated[str, typer.Option(help="whose rules: the published protocols of a benchmark differ")],

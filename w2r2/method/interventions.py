@@ -101,8 +101,8 @@ class Interventions:
         scene: dict,
         rng: np.random.Generator,  # of this scene in this epoch
     ) -> dict:
-        """The scene as it is trained on, with `intervention` ("none", "intervene", "disturb", or "out of range" if no draw
-        fitted), `drop2d` and `drop3d`."""
+        """The scene as it is trained on, with `intervention` ("none", "intervene", "disturb", or "out of range" if no
+        draw fitted), `drop2d` and `drop3d`."""
         which, dropped = rng.random(2)
         name = "intervene" if which < self.intervene else "disturb" if which < self.intervene + self.disturb else "none"
         if name != "none":

@@ -15,9 +15,9 @@ from .statistics import Measure, bootstrap, paired_difference
 
 # %% ../../nbs/metrics/05_protocols.ipynb #2660e973
 PROTOCOLS = {
-    "scanrefer": accuracy.PROTOCOLS,
-    "scan2cap": ("scan2cap_benchmark", *dense_captions.PROTOCOLS),
-    "scanqa": exact_match.PROTOCOLS,
+    "scanrefer": accuracy.GROUNDING_PROTOCOLS,
+    "scan2cap": ("scan2cap_benchmark", *dense_captions.CAPTION_PROTOCOLS),
+    "scanqa": exact_match.ANSWER_PROTOCOLS,
 }
 
 # %% ../../nbs/metrics/05_protocols.ipynb #ad20e4e1
@@ -44,7 +44,7 @@ def measures(
         return dense_captions.benchmark_measures(predictions, annotations, k, with_meteor)
     return dense_captions.caption_measures(
         *dense_captions.caption_corpus(predictions, annotations, k, protocol),
-        dense_captions.PROTOCOLS[protocol].scale,
+        dense_captions.CAPTION_PROTOCOLS[protocol].scale,
         with_meteor,
     )
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN', 'KIND', 'TIMING', 'ASSUMED', 'IDENTICAL', 'EQUIVALENT', 'UNDECIDED', 'DIFFERENT', 'MISSING', 'NEW', 'MARGIN',
-           'MARGIN_SHARE', 'ABOVE', 'BELOW', 'LEVEL', 'KEPT', 'HAIR', 'CHANGED', 'DATA', 'pairs', 'seed_spread',
+           'MARGIN_SHARE', 'ABOVE', 'BELOW', 'LEVEL', 'KEPT', 'HAIR', 'CHANGED', 'DATA_TABLES', 'pairs', 'seed_spread',
            'deviations', 'judge_cells', 'against_plain_words', 'words', 'judge_statements', 'judge_table', 'Verdict',
            'report_verdict', 'summary', 'write_verdict']
 
@@ -196,7 +196,7 @@ def judge_statements(
     return table.rename_axis("statement").reset_index()
 
 # %% ../../nbs/report/06_verdict.ipynb #ed731bdd
-DATA = "benchmark.csv", "features.csv"  # tables that no training goes into
+DATA_TABLES = "benchmark.csv", "features.csv"  # tables that no training goes into
 
 
 def judge_table(
@@ -277,7 +277,7 @@ def report_verdict(
     names = sorted(
         p.name
         for p in (reference / "tables").glob("*.csv")
-        if (reports / "tables" / p.name).is_file() and (exact or p.name in DATA)
+        if (reports / "tables" / p.name).is_file() and (exact or p.name in DATA_TABLES)
     )
     tables = [judge_table(reports / "tables" / name, reference / "tables" / name, exact) for name in names]
     if exact:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['intrinsics', 'pixel_rays', 'camera_pose', 'Caster', 'walk', 'surface_points', 'candidate_poses', 'expected_pixels',
-           'key_views', 'look']
+           'key_views', 'look_from']
 
 # %% ../../nbs/rooms/03_camera_walk.ipynb #8050786a
 import numpy as np
@@ -204,7 +204,7 @@ def key_views(
     return poses[sorted(chosen)]
 
 # %% ../../nbs/rooms/03_camera_walk.ipynb #1df0698e
-def look(
+def look_from(
     caster: Caster,
     poses: np.ndarray,  # (V, 4, 4) camera-to-world
     K: np.ndarray,  # (4, 4) intrinsics

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['graded', 'separation', 'beside', 'stacked', 'facing', 'between', 'places', 'comparisons', 'nearer', 'best', 'Facts',
-           'evaluate', 'fits', 'referent']
+           'evaluate_expression', 'fits', 'referent']
 
 # %% ../../nbs/rooms/05_relations.ipynb #fecae3af
 import numpy as np
@@ -277,7 +277,7 @@ class Facts:
         return self._memory[key]
 
 # %% ../../nbs/rooms/05_relations.ipynb #6850ec6c
-def evaluate(
+def evaluate_expression(
     form: dict,  # a logical form
     facts: Facts,
 ) -> tuple:  # (ids that surely fit, ids that possibly fit)
@@ -294,7 +294,7 @@ def _condition(rel, anchors, scope, facts):
     if not anchors:
         return facts.place(rel)
     if anchors[0].get("some"):
-        some = evaluate(anchors[0], facts)
+        some = evaluate_expression(anchors[0], facts)
         return tuple(frozenset().union(*(facts.related(rel, a)[k] for a in some[k])) for k in (0, 1))
     ids = [referent(a, facts) for a in anchors]
     if None in ids:
@@ -312,7 +312,7 @@ def fits(
     facts: Facts,
 ) -> list[int]:  # ids, sorted
     "The items that fit a form, borderline cases included: more than one means that the form is ambiguous."
-    return sorted(evaluate(form, facts)[1])
+    return sorted(evaluate_expression(form, facts)[1])
 
 
 def referent(
@@ -320,5 +320,5 @@ def referent(
     facts: Facts,
 ) -> int | None:  # id
     "The one item that clearly fits while no other even possibly does, or None."
-    sure, maybe = evaluate(form, facts)
+    sure, maybe = evaluate_expression(form, facts)
     return next(iter(sure)) if len(sure) == len(maybe) == 1 else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .camera_walk import Caster, intrinsics, key_views, look
+from .camera_walk import Caster, intrinsics, key_views, look_from
 from .layout import Scene
 
 # %% ../../nbs/rooms/04_scanner.ipynb #1cb65e1d
@@ -247,12 +247,12 @@ def scan(
     K_depth = intrinsics(depth_size, split["depth_hfov"], shift[1] * depth_size[0])
     poses = key_views(scene, caster, K, split, rng)
 
-    depth, face, rays = look(caster, poses, K, size)
+    depth, face, rays = look_from(caster, poses, K, size)
     radiance = shade(scene, caster, make_light(scene, rng), poses, depth, face, rays, K[0, 0])
     color = expose(radiance, rng.uniform(*split["exposure"], len(poses)), rng)
     instance = np.append(scene.face_item + 1, 0).astype(np.uint8)[face]
 
-    depth, face, rays = look(caster, poses, K_depth, depth_size)
+    depth, face, rays = look_from(caster, poses, K_depth, depth_size)
     holes = depth_holes(caster, poses, depth, face, rays, split["max_depth"], rng)
     millimetres = np.where(holes == 0, 1000 * noisy_depth(depth, rng) + 0.5, 0).astype(np.uint16)
     return Recording(color, millimetres, instance, poses, K, K_depth)

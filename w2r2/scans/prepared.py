@@ -15,9 +15,10 @@ from joblib import Parallel, delayed
 from PIL import Image
 from tqdm import tqdm
 
+from .annotations import read_split
 from .cameras import resize_intrinsic
-from .files import atomic_write
-from .scan import Scan, ScanNetError, read_split
+from .files import ScanNetError, atomic_write
+from .scan import Scan
 from .views import uniform_views
 
 # %% ../../nbs/scans/09_prepared.ipynb #e7d8ff9e

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..method.interventions import move
 from ..method.reforming import on_target, visual_attention
-from ..metrics.accuracy import overlaps
+from ..metrics.accuracy import box_overlaps
 from ..metrics.floors import class_boxes, random_box
 from ..metrics.statistics import Interval, bootstrap
 from ..model.fused import INPUTS, FusedVLM
@@ -78,7 +78,7 @@ def passes(
     boxes["random"] = np.array([record["bbox"] for record in random_box(records, class_boxes(records), bounds, seed)])
     rows = []
     for name, predicted in boxes.items():
-        iou = overlaps(list(predicted), list(truth))
+        iou = box_overlaps(list(predicted), list(truth))
         values = {"Acc@0.25": iou >= 0.25, "Acc@0.5": iou >= 0.5} | (
             {"view": said[name].views == best} if name in said else {}
         )

@@ -166,6 +166,7 @@ def workers_of(
             n_workers=workers,
             threads_per_worker=1,
             host="127.0.0.1",
+            security=True,  # keys of this block: no other user of the machine can send work
             dashboard_address="127.0.0.1:0",  # any free port; None would take 8787, and warn where it is taken
             memory_limit=None,
             local_directory=scratch,
@@ -187,7 +188,7 @@ def execute(
     # processes on this machine, one thread each; 0: in this process, one after the other, for a debugger
     workers: int = 1,
     title: str = "",  # of the progress bar
-    # address; None: what dask is configured to use (DASK_SCHEDULER_ADDRESS), or else this machine
+    # address; None: DASK_SCHEDULER_ADDRESS, or else this machine
     scheduler: str | None = None,
 ) -> int:  # how many jobs were done now
     """Do jobs in parallel, with one progress bar on standard error if it takes longer than five seconds. After all

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['texts', 'pixels', 'tower', 'train_vision', 'see', 'centre', 'name_words', 'fit_objects', 'code_bins',
-           'attend_to_likeness', 'assemble', 'short_prompts', 'Lessons', 'LessonConfig', 'Teacher', 'teach']
+           'attend_to_likeness', 'assemble_model', 'short_prompts', 'Lessons', 'LessonConfig', 'Teacher', 'teach']
 
 # %% ../../nbs/study/04_pretraining.ipynb #cfddae59
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from ..model.fused import INPUTS, FusedVLM
 from ..model.packing import Packer
 from ..model.scenes import Collator, Scenes
 from ..rooms.layout import Item
-from .dense import DenseHeads, DenseLabels, dense_losses, mirrored
+from .dense import DenseHeads, DenseLabels, dense_losses, mirror_labels
 from ..tasks.answers import Bins
 from ..tasks.samples import read_scanqa, read_scanrefer
 
@@ -121,7 +121,7 @@ def train_vision(
             batch_size, 1, 1, generator=generator
         )
         which = torch.rand(batch_size, generator=generator) < 0.5
-        losses = dense_losses(heads(tower(visual, _mirrored_pixels(x, which, config))), mirrored(truth, which))
+        losses = dense_losses(heads(tower(visual, _mirrored_pixels(x, which, config))), mirror_labels(truth, which))
         sum(losses.values()).backward()
         for optimizer, schedule in zip(optimizers, schedules):
             optimizer.step()
@@ -236,7 +236,7 @@ def attend_to_likeness(
     model.additions.query.weight.copy_(strength * torch.eye(len(model.additions.query.weight)))
 
 # %% ../../nbs/study/04_pretraining.ipynb #bd8b8ce9
-def assemble(
+def assemble_model(
     visual: Qwen2_5_VisionTransformerPretrainedModel,  # trained; its last layer is changed
     heads: DenseHeads,  # trained with it
     images: np.ndarray,  # (n, H, W, 3) uint8
