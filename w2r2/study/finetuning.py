@@ -57,7 +57,7 @@ class Curves(TrainerCallback):
         self.live.step = row["step"]
         for name, value in sorted(row.items()):  # a checkpoint keeps no other order
             if name not in ("step", "epoch"):
-                self.live.log_metric(f"train/{name}", value)
+                self.live.log_metric(f"train/{name.replace(' ', '_')}", value)
         self.live.make_summary()
 
 
