@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENVIRONMENT', 'TOPIC', 'ATTEMPTS', 'Job', 'check_one_thread', 'carry_out', 'logged', 'on_worker', 'workers_of',
-           'execute']
+           'execute', 'spread']
 
 # %% ../../nbs/study/05_jobs.ipynb #3e0f3d68
 import importlib
@@ -23,6 +23,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from joblib import parallel_config
 from tqdm import tqdm
 
 from ..machine import SWITCHES
@@ -167,7 +168,8 @@ def workers_of(
             n_workers=workers,
             threads_per_worker=1,
             host="127.0.0.1",
-            dashboard_address=None,
+            security=True,  # keys of this block: no other user of the machine can send work
+            dashboard_address="127.0.0.1:0",  # any free port; None would take 8787, and warn where it is taken
             memory_limit=None,
             local_directory=scratch,
             silence_logs=logging.CRITICAL,  # a lost worker is reported with its job
@@ -247,3 +249,15 @@ def _end_of_log(job: Job) -> str:
     path = Path(job.folder) / "log.txt"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return "\n".join(text.splitlines()[-15:])
+
+# %% ../../nbs/study/05_jobs.ipynb #ca087eba
+@contextmanager
+def spread():
+    "What joblib does within the block, the workers of dask's configured scheduler do, if there is one."
+    if address := _configured():
+        from distributed import Client
+
+        with Client(address, set_as_default=False) as client, parallel_config("dask", client=client):
+            yield
+    else:
+        yield
