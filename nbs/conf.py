@@ -46,8 +46,7 @@ nb_render_markdown_format = "myst"  # tables in outputs, too
 nb_ipywidgets_js = {}  # a progress bar needs no script from elsewhere
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
-# a table may start below level 1; there is a verdict only where a rerun has made one
-suppress_warnings = ["myst.header", "toc.empty_glob"]
+suppress_warnings = ["myst.header"]  # a table may start below level 1
 default_role = "py:obj"  # `name` in a docstring
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # types stand with the parameters
