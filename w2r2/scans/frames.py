@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .files import ScanNetError, atomic_write, inside, open_image, regular_file
-from .sens import Frame, Recording, Sens, SensHeader, encode_frame, usable_poses, write_sens
+from .sens import Frame, FrameSequence, Sens, SensHeader, encode_frame, usable_poses, write_sens
 
 # %% ../../nbs/scans/05_frames.ipynb #1c42cc71
 LAYOUTS = {
@@ -96,7 +96,7 @@ def export_frames(
     return folder
 
 # %% ../../nbs/scans/05_frames.ipynb #d784247b
-class FrameFolder(Recording):
+class FrameFolder(FrameSequence):
     "Random access to an exported recording, with the interface of `Sens`."
 
     def __init__(

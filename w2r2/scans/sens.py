@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOR_CODES', 'DEPTH_CODES', 'IMU', 'SensHeader', 'pack_header', 'unpack_header', 'decode_depth', 'Frame',
-           'encode_frame', 'usable_poses', 'write_sens', 'index_frames', 'Recording', 'Sens']
+           'encode_frame', 'usable_poses', 'write_sens', 'index_frames', 'FrameSequence', 'Sens']
 
 # %% ../../nbs/scans/03_sens.ipynb #58101f1d
 import io
@@ -356,8 +356,8 @@ def index_frames(
     return np.frombuffer(b"".join(records), _RECORD), np.array(offsets, np.int64), start
 
 # %% ../../nbs/scans/03_sens.ipynb #5edd0998
-class Recording:
-    """What every recording offers, packed or unpacked: `len(recording)`, `recording[i]`, iteration. Closes itself as a
+class FrameSequence:
+    """The frames of a recording, packed or unpacked: `len(frames)`, `frames[i]`, iteration. Closes itself as a
     context manager."""
 
     path: Path  # named in errors
@@ -386,7 +386,7 @@ class Recording:
         return f"{type(self).__name__}({self.path.name}: {len(self)} frames, {self.lost} without pose)"
 
 
-class Sens(Recording):
+class Sens(FrameSequence):
     """A `.sens` version 4 recording, memory-mapped."""
 
     def __init__(
