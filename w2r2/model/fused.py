@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from .backbone import image_patches
 from .fusion import Fusion
+from .packing import Layout, block_mask
 
 # %% ../../nbs/model/04_fused.ipynb #1fb73cee
 @strict
@@ -112,7 +113,6 @@ class FusedOutput(ModelOutput):
 INPUTS = (
     "input_ids",
     "position_ids",
-    "attention_mask",
     "segment",
     "visual_index",
     "f2d",
@@ -131,6 +131,8 @@ class FusedVLM(PreTrainedModel):
         super().__init__(config)
         self.vlm = vlm or Qwen2_5_VLForConditionalGeneration(config.vlm_config)
         self.vlm.set_attn_implementation(self.config._attn_implementation)  # the class above forgets it
+        if self.config._attn_implementation == "sdpa":
+            self.vlm.model.language_model.set_attn_implementation("packed")
         self.fusion = Fusion(
             config.text_config.hidden_size, config.encoder3d_dim, config.coordinates, config.fusion, config.zero
         )
@@ -206,11 +208,15 @@ class FusedVLM(PreTrainedModel):
             tokens = tokens + self.additions.visual(visual_index.clamp(min=0))
         return embedded.masked_scatter((input_ids == self.config.vlm_config.image_token_id)[..., None], tokens[valid])
 
+    def _layout(self, segment: torch.Tensor) -> Layout | None:
+        "Where the pieces of packed attention are; None if a dense mask has to say who sees whom."
+        packed = self.vlm.model.language_model.config._attn_implementation == "packed"
+        return Layout.of(segment) if packed and segment.device.type == "cpu" else None
+
     def forward(
         self,
         input_ids: torch.Tensor,  # (B, T) and the rest of the batch: see `w2r2.model.packing`
         position_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
         segment: torch.Tensor,
         visual_index: torch.Tensor,
         f2d: torch.Tensor,
@@ -238,12 +244,16 @@ class FusedVLM(PreTrainedModel):
             geometry,
             True if blind == "3d" else shortcut,
         )[:, past:]
-        mask = torch.zeros_like(attention_mask[:, :, -embedded.shape[1] :], dtype=embedded.dtype)
-        mask = mask.masked_fill(~attention_mask[:, :, -embedded.shape[1] :], torch.finfo(embedded.dtype).min)
+        layout = self._layout(segment) if not past else None
+        if layout is None:
+            seen = block_mask(segment, past)
+            mask = torch.zeros_like(seen, dtype=embedded.dtype).masked_fill(~seen, torch.finfo(embedded.dtype).min)
+        else:
+            mask, kwargs = {"full_attention": None}, kwargs | {"layout": layout}
         output = self.vlm.model.language_model(
             inputs_embeds=embedded,
             position_ids=position_ids[:, :, past:],
-            attention_mask=mask,
+            attention_mask=mask,  # a dictionary is taken as it is
             past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,

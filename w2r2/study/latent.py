@@ -47,7 +47,6 @@ def token_states(
             "input_ids": batch["input_ids"][:, :length],
             "segment": batch["segment"][:, :length],
             "position_ids": batch["position_ids"][..., :length],
-            "attention_mask": batch["attention_mask"][..., :length, :length],
         }
         visual = prefix["input_ids"] == model.config.vlm_config.image_token_id
         for name, (with2d, with3d) in FEATURES.items():

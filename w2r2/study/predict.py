@@ -85,12 +85,8 @@ def decode(
 def _without(batch: dict[str, torch.Tensor], ended: torch.Tensor) -> dict[str, torch.Tensor]:
     """The batch less those of the (Q,) new tokens that are padding in every scene: nobody sees them, and long answers
     need not carry short ones along."""
-    rows, every = ~ended, torch.nn.functional.pad(~ended, (batch["segment"].shape[1] - len(ended), 0), value=True)
-    return (
-        batch
-        | {name: batch[name][..., every] for name in ("input_ids", "segment", "position_ids")}
-        | {"attention_mask": batch["attention_mask"][:, :, rows][..., every]}
-    )
+    every = torch.nn.functional.pad(~ended, (batch["segment"].shape[1] - len(ended), 0), value=True)
+    return batch | {name: batch[name][..., every] for name in ("input_ids", "segment", "position_ids")}
 
 # %% ../../nbs/study/00_predict.ipynb #7fd205c6
 def read_boxes(
