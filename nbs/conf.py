@@ -61,9 +61,11 @@ def cells(path: Path) -> list[tuple[dict, str, set[str]]]:
 
 
 def module_of(path: Path) -> str:
-    return next(
+    "The module that a notebook exports, such as `w2r2.scans.geometry`; empty if it exports none."
+    name = next(
         (found[1] for _, text, _ in cells(path) if (found := re.search(r"^#\| *default_exp +(\S+)", text, re.M))), ""
     )
+    return name and f"w2r2.{name.removesuffix('.__init__')}"
 
 
 def definitions(path: Path) -> dict[str, int]:
@@ -77,8 +79,8 @@ def definitions(path: Path) -> dict[str, int]:
     }
 
 
-LIBRARY = {module: path for path in sorted(ROOT.glob("nbs/[0-9]*.ipynb")) if (module := module_of(path))}
-DEFINED = {f"w2r2.{module}": definitions(path) for module, path in LIBRARY.items()}
+LIBRARY = {module: path for path in sorted(ROOT.glob("nbs/**/[0-9]*.ipynb")) if (module := module_of(path))}
+DEFINED = {module: definitions(path) for module, path in LIBRARY.items()}
 
 
 # ---- pages of notebooks
@@ -124,7 +126,7 @@ def page_of_notebook(app, docname: str, source: list[str]) -> None:
             if figure := output.get("data", {}).get("application/vnd.plotly.v1+json"):
                 output["data"] = {"text/html": plotly_output(figure)}
     if module := next((name for name, library in LIBRARY.items() if library == path), ""):
-        reference = f"## Reference\n\n```{{eval-rst}}\n.. automodule:: w2r2.{module}\n   :members:\n```"
+        reference = f"## Reference\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```"
         notebook["cells"].append({"cell_type": "markdown", "id": "reference", "metadata": {}, "source": reference})
     source[0] = json.dumps(notebook)
 

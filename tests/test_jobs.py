@@ -9,10 +9,13 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import dask
 import pytest
+from distributed import Client
+from joblib import Parallel, delayed
 
 from w2r2.scans.files import exclusive
-from w2r2.study.jobs import ENVIRONMENT, Job, execute
+from w2r2.study.jobs import ENVIRONMENT, Job, execute, spread
 
 ROOT = Path(__file__).parents[1]
 WORK = """
@@ -146,6 +149,16 @@ def test_workers_that_were_started_separately(counted):
     assert len(lost) == 1 and lost[0].result > 0 and len(seen(lost[0].folder)) == 40
 
 
+def test_joblib_goes_to_the_scheduler_too(counted):
+    with cluster(counted, 2) as (address, workers):  # what one worker could do, joblib does itself
+        with Client(address) as client:
+            client.wait_for_workers(2)
+        with dask.config.set({"scheduler-address": address}), spread():
+            assert set(Parallel(2)(delayed(os.getpid)() for _ in range(20))) <= {worker.pid for worker in workers}
+    with spread():
+        assert set(Parallel(1)(delayed(os.getpid)() for _ in range(4))) == {os.getpid()}
+
+
 KILLER = """
 import os, sys, time
 from pathlib import Path
@@ -153,3 +166,9 @@ folder, worker = Path(sys.argv[1]), sys.argv[2]
 while not any(worker in path.read_text().split()[9:] for path in folder.glob("[0-9]/seen")): time.sleep(0.05)
 os.kill(int(worker), 9)
 """
+
+
+def test_the_environment_of_this_process_stays(counted):
+    before = dict(os.environ)
+    execute([Job("one", "counted:count", {"to": 1}, counted / "one")])
+    assert dict(os.environ) == before

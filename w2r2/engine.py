@@ -8,6 +8,7 @@ __all__ = ['KERNEL_ENVIRONMENT', 'strip', 'StableEngine']
 # %% ../nbs/02_engine.ipynb #987b26dc
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 from nbformat import NotebookNode
 from papermill.engines import NBClientEngine
@@ -54,10 +55,9 @@ class StableEngine(NBClientEngine):
             )
         if output_path:
             Path(output_path).parent.mkdir(parents=True, exist_ok=True)
-        for name, value in KERNEL_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        return strip(
-            super().execute_notebook(
-                nb, kernel_name, output_path=output_path, input_path=input_path, coalesce_streams=True, **kwargs
+        with patch.dict(os.environ, KERNEL_ENVIRONMENT | os.environ):  # what the kernel inherits
+            return strip(
+                super().execute_notebook(
+                    nb, kernel_name, output_path=output_path, input_path=input_path, coalesce_streams=True, **kwargs
+                )
             )
-        )

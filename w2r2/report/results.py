@@ -274,18 +274,18 @@ def contrast(
     ]
     if all(s is not None for side in sides for s in side):
         seeds = [pairs["seed"], pairs["seed_b"] if "seed_b" in pairs else pairs["seed"]]
-        stacked = [
-            pd.concat([s[s.seed == seed].assign(seed=i) for i, (s, seed) in enumerate(zip(side, which))])
+        stacked = [  # a seed that was scored on several splits is one seed, and their scenes are other scenes
+            pd.concat([s[s.seed == seed].assign(pair=i) for i, (s, seed) in enumerate(zip(side, which))])
             for side, which in zip(sides, seeds)
         ]
-        both = stacked[0].merge(stacked[1], on=["scene", "seed"], suffixes=("", "_b"), validate="one_to_one")
+        both = stacked[0].merge(stacked[1], on=["scene", "pair"], suffixes=("", "_b"), validate="one_to_one")
         if len(both) < len(stacked[0]) or both.empty:
             raise ValueError(f"contrast: {a} and {b} were scored on different scenes")
         return paired_difference(
             both[["sum", "count"]].to_numpy(float),
             both[["sum_b", "count_b"]].to_numpy(float),
             both.scene.to_numpy(),
-            both.seed.to_numpy() if len(pairs) > 1 else None,
+            both.seed.to_numpy() if both.seed.nunique() > 1 else None,
             ratio,
             resamples,
         )

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .files import ScanNetError, atomic_write, inside, open_image, regular_file
-from .sens import Frame, Sens, SensHeader, encode_frame, usable_poses, write_sens
+from .sens import Frame, FrameSequence, Sens, SensHeader, encode_frame, usable_poses, write_sens
 
 # %% ../../nbs/scans/05_frames.ipynb #1c42cc71
 LAYOUTS = {
@@ -96,7 +96,7 @@ def export_frames(
     return folder
 
 # %% ../../nbs/scans/05_frames.ipynb #d784247b
-class FrameFolder:
+class FrameFolder(FrameSequence):
     "Random access to an exported recording, with the interface of `Sens`."
 
     def __init__(
@@ -172,30 +172,8 @@ class FrameFolder:
         usable_poses(poses, self.path)
         return poses
 
-    @cached_property
-    def valid(self) -> np.ndarray:
-        "Positions of the frames that have a pose."
-        return np.flatnonzero(usable_poses(self.poses, self.path))
-
-    @property
-    def lost(self) -> int:
-        "Number of frames that have no pose."
-        return len(self) - len(self.valid)
-
-    def close(self):
-        "Nothing stays open; here so that a folder can stand in for a `Sens`."
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
     def __len__(self):
         return len(self.numbers)
-
-    def __repr__(self):
-        return f"FrameFolder({self.path.name}: {len(self)} frames, {self.lost} without pose)"
 
     def __getitem__(self, i: int) -> Frame:
         "The frame at position `i`; its images are read on access. The layouts keep no timestamps."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOR_CODES', 'DEPTH_CODES', 'IMU', 'SensHeader', 'pack_header', 'unpack_header', 'decode_depth', 'Frame',
-           'encode_frame', 'usable_poses', 'write_sens', 'index_frames', 'Sens']
+           'encode_frame', 'usable_poses', 'write_sens', 'index_frames', 'FrameSequence', 'Sens']
 
 # %% ../../nbs/scans/03_sens.ipynb #58101f1d
 import io
@@ -356,9 +356,38 @@ def index_frames(
     return np.frombuffer(b"".join(records), _RECORD), np.array(offsets, np.int64), start
 
 # %% ../../nbs/scans/03_sens.ipynb #5edd0998
-class Sens:
-    """A `.sens` version 4 recording, memory-mapped: `len(sens)`, `sens[i]`, iteration. Closes itself as a context
-    manager."""
+class FrameSequence:
+    """The frames of a recording, packed or unpacked: `len(frames)`, `frames[i]`, iteration. Closes itself as a
+    context manager."""
+
+    path: Path  # named in errors
+    poses: np.ndarray  # (V, 4, 4) float64 camera-to-world [m]; all -inf where tracking was lost
+
+    @cached_property
+    def valid(self) -> np.ndarray:
+        "Positions of the frames that have a pose."
+        return np.flatnonzero(usable_poses(self.poses, self.path))
+
+    @property
+    def lost(self) -> int:
+        "Number of frames that have no pose."
+        return len(self) - len(self.valid)
+
+    def close(self):
+        "Nothing is open, unless a kind of recording says otherwise."
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __repr__(self):
+        return f"{type(self).__name__}({self.path.name}: {len(self)} frames, {self.lost} without pose)"
+
+
+class Sens(FrameSequence):
+    """A `.sens` version 4 recording, memory-mapped."""
 
     def __init__(
         self,
@@ -382,9 +411,7 @@ class Sens:
                 raise ScanNetError(path, f"byte {self._imu:,}", "the inertial readings do not end where the file ends")
             with np.errstate(invalid="ignore"):
                 self.poses = self._records["pose"].astype(np.float64)  # (V, 4, 4) camera-to-world
-            usable = usable_poses(self.poses, path)
-            self.valid = np.flatnonzero(usable)  # indices of the frames that have a pose
-            self.lost = int((~usable).sum())  # number of frames that have none
+            usable_poses(self.poses, path)  # a malformed pose is found now, not at its first use
         except BaseException:
             self.close()
             raise
@@ -393,17 +420,8 @@ class Sens:
         "Unmaps the file; frames that have not been decoded become unreadable."
         self._data.close()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
     def __len__(self):
         return len(self._offsets)
-
-    def __repr__(self):
-        return f"Sens({self.path.name}: {len(self)} frames, {self.lost} without pose)"
 
     def __getitem__(self, i: int) -> Frame:
         "The frame at index `i`; nothing is read or decoded before one of its images is used."

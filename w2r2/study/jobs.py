@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENVIRONMENT', 'TOPIC', 'ATTEMPTS', 'Job', 'check_one_thread', 'carry_out', 'logged', 'on_worker', 'workers_of',
-           'execute']
+           'execute', 'spread']
 
 # %% ../../nbs/study/05_jobs.ipynb #3e0f3d68
 import importlib
@@ -20,8 +20,10 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from joblib import parallel_config
 from tqdm import tqdm
 
 from ..machine import SWITCHES
@@ -150,7 +152,7 @@ def workers_of(
     from distributed import Client, LocalCluster
 
     settings = {
-        "distributed.nanny.pre-spawn-environ": ENVIRONMENT,
+        "distributed.nanny.pre-spawn-environ": ENVIRONMENT,  # a variable that is set already is kept: see below
         "distributed.scheduler.allowed-failures": ATTEMPTS - 1,
         "distributed.worker.memory.terminate": False,
     }
@@ -159,13 +161,15 @@ def workers_of(
             yield client
         return
     with (
+        patch.dict(os.environ, ENVIRONMENT | {name: os.environ[name] for name in SWITCHES if name in os.environ}),
         dask.config.set(settings),
         tempfile.TemporaryDirectory(prefix="w2r2-workers-", ignore_cleanup_errors=True) as scratch,
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             host="127.0.0.1",
-            dashboard_address=None,
+            security=True,  # keys of this block: no other user of the machine can send work
+            dashboard_address="127.0.0.1:0",  # any free port; None would take 8787, and warn where it is taken
             memory_limit=None,
             local_directory=scratch,
             silence_logs=logging.CRITICAL,  # a lost worker is reported with its job
@@ -189,8 +193,8 @@ def execute(
     # address; None: DASK_SCHEDULER_ADDRESS, or else this machine
     scheduler: str | None = None,
 ) -> int:  # how many jobs were done now
-    """Do jobs in parallel, with one progress bar on standard error if it takes longer than five seconds. After all others are
-    done, raises `RuntimeError` naming those that failed, each with the end of its log."""
+    """Do jobs in parallel, with one progress bar on standard error if it takes longer than five seconds. After all
+    others are done, raises `RuntimeError` naming those that failed, each with the end of its log."""
     todo = list({job.folder: job for job in reversed(jobs) if not job.finished}.values())[::-1]
     if not todo:
         return 0
@@ -245,3 +249,15 @@ def _end_of_log(job: Job) -> str:
     path = Path(job.folder) / "log.txt"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return "\n".join(text.splitlines()[-15:])
+
+# %% ../../nbs/study/05_jobs.ipynb #ca087eba
+@contextmanager
+def spread():
+    "What joblib does within the block, the workers of dask's configured scheduler do, if there is one."
+    if address := _configured():
+        from distributed import Client
+
+        with Client(address, set_as_default=False) as client, parallel_config("dask", client=client):
+            yield
+    else:
+        yield
