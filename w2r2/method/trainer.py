@@ -25,7 +25,7 @@ from transformers.utils import logging
 from .alignment import Targets, align
 from .interventions import Interventions
 from .muon import StackedMuon
-from .objectives import READINGS, deter
+from .objectives import READINGS, Push, deter
 from .reforming import Reforming, anchor_agreement, visual_attention
 from ..model.features import TASKS
 from ..model.fused import INPUTS
@@ -242,14 +242,12 @@ class W2R2Trainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Eq. 7, and the terms that the introduction names."
-        args, step = self.args, self.state.global_step
-        targets = Targets(
-            inputs, self.packer.bins, self.packer.first_bin, args.sigma, coordinate_weight(step, args.curriculum)
-        )
+        args = self.args
         micro_batches = self.current_gradient_accumulation_steps if model.training else 1
-        items = (
-            targets.valid.sum() if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
-        )  # gradients are averaged over processes
+        targets = self._targets(inputs)
+        items = targets.valid.sum()
+        if num_items_in_batch is not None:  # gradients are averaged over processes
+            items = num_items_in_batch / self.accelerator.num_processes
         fused = model(
             **{name: inputs[name] for name in INPUTS},
             shortcut=inputs.get("shortcut", False),
@@ -260,23 +258,10 @@ class W2R2Trainer(Trainer):
         loss, means, parts = aligned.loss, dict(aligned.logs), {"align": aligned.loss}
         scenes = self._pushed_on(len(targets.valid)).to(loss.device)
         if args.reading != "none" and scenes.any():
-            pushed = deter(
-                self.accelerator.unwrap_model(model),
-                targets,
-                fused.logits,
-                args.reading,
-                args.mu,
-                scenes=None if scenes.all() else scenes,
-                items=items / args.push_every,
-            )
+            pushed, activations = self._push(model, fused.logits, targets, scenes, items)
             loss = loss + args.lam * pushed.loss
             parts |= pushed.logs
-            asked = inputs["tasks"][scenes]
-            means |= {
-                f"activation {task}": pushed.active[asked == number].float().mean()
-                for number, task in enumerate(TASKS)
-                if (asked == number).any()
-            }
+            means |= activations
         if args.anchors and scenes.any():
             means["anchors"] = self._anchors(self.accelerator.unwrap_model(model), fused.hidden_states, targets, scenes)
             loss = loss + args.anchors * means["anchors"] * scenes.float().mean() * args.push_every / micro_batches
@@ -287,6 +272,26 @@ class W2R2Trainer(Trainer):
         if model.training:
             self._note(means, {name: value * micro_batches for name, value in parts.items()})
         return (loss, fused) if return_outputs else loss
+
+    def _targets(self, inputs: dict[str, torch.Tensor]) -> Targets:
+        "What a batch should say at this step."
+        weight = coordinate_weight(self.state.global_step, self.args.curriculum)
+        return Targets(inputs, self.packer.bins, self.packer.first_bin, self.args.sigma, weight)
+
+    def _push(self, model, logits, targets, scenes, items) -> tuple[Push, dict[str, torch.Tensor]]:
+        "Eq. 6 of some scenes, and the share of queries of each task where it acts."
+        pushed = deter(
+            self.accelerator.unwrap_model(model),
+            targets,
+            logits,
+            self.args.reading,
+            self.args.mu,
+            scenes=None if scenes.all() else scenes,
+            items=items / self.args.push_every,
+        )
+        asked = targets.batch["tasks"][scenes]
+        found = {task: pushed.active[asked == number] for number, task in enumerate(TASKS)}
+        return pushed, {f"activation {task}": acts.float().mean() for task, acts in found.items() if len(acts)}
 
     def _pushed_on(self, count: int) -> torch.Tensor:
         """(B,) bool: every `push_every`-th scene of the step, counted over the processes, beginning with another one at

@@ -77,26 +77,28 @@ class Additions(nn.Module):
     ) -> torch.Tensor:  # (B, T, hidden)
         """The weighted mean word of its prompt for each token from `<answer>` on; the first view named in its query for
         each token from there on."""
-        config = self.config
-        mine = segment[:, None] == torch.arange(int(segment.max()) + 1, device=segment.device)[:, None]  # (B, Q, T)
+        queries = torch.arange(int(segment.max()) + 1, device=segment.device)
+        mine = segment[:, None] == queries[:, None]  # (B, Q, T)
+        number, place = input_ids - self.config.first_bin, place[:, None]
+        is_view = (number >= 0) & (number < self.config.views)
+        opened = self._first(mine, input_ids == self.config.answer_token_id, place)
+        named = self._first(mine, is_view, place)
+        prompt = mine & (place < opened)
+        asked = self.query(self._mean_word(embedded, prompt, place - self._first(mine, prompt.any(1), place)))
+        view = torch.where(mine & is_view[:, None] & (place == named), number[:, None], 0).amax(-1)
+        answer, after = mine & (place >= opened), mine & (place >= named)
+        return answer.to(embedded).mT @ asked + after.to(embedded).mT @ self.view(view)
 
-        def first(hit):
-            return torch.where(mine & hit[:, None], place[:, None], place.max() + 1).amin(-1, keepdim=True)  # (B, Q, 1)
+    def _first(self, mine: torch.Tensor, hit: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        "(B, Q, 1): the first place in each query where `hit` (B, T), behind all places if nowhere."
+        return torch.where(mine & hit[:, None], place, place.max() + 1).amin(-1, keepdim=True)
 
-        number = input_ids - config.first_bin
-        is_view = (number >= 0) & (number < config.views)
-        opened, named = first(input_ids == config.answer_token_id), first(is_view)
-        prompt = mine & (place[:, None] < opened)
-        rank = (place[:, None] - first(prompt.any(1))).clamp(0, len(self.order) - 1)
-        weights = (embedded @ self.importance)[:, None] + self.order[rank]
-        asked = self.query(
-            weights.masked_fill(~prompt, torch.finfo(weights.dtype).min).softmax(-1).masked_fill(~prompt, 0) @ embedded
-        )
-        chosen = self.view(
-            torch.where(mine & is_view[:, None] & (place[:, None] == named), number[:, None], 0).amax(-1)
-        )
-        answer, after = mine & (place[:, None] >= opened), mine & (place[:, None] >= named)
-        return answer.to(embedded).mT @ asked + after.to(embedded).mT @ chosen
+    def _mean_word(self, embedded: torch.Tensor, prompt: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+        "(B, Q, hidden): the words of each prompt (B, Q, T), weighted by what they are and by their rank in it."
+        weights = (embedded @ self.importance)[:, None] + self.order[rank.clamp(0, len(self.order) - 1)]
+        lowest = torch.finfo(weights.dtype).min
+        # a query without a prompt in the batch has weight 0 everywhere
+        return weights.masked_fill(~prompt, lowest).softmax(-1).masked_fill(~prompt, 0) @ embedded
 
 # %% ../../nbs/model/04_fused.ipynb #9ae5502f
 @dataclass
