@@ -120,7 +120,7 @@ def test_the_page_and_the_exit_code(judge, capsys):
     found = judge(other_seeds(0))
     write_verdict(found, judge.folder / "here")
     page = (judge.folder / "here/verdict.md").read_text()
-    assert "in mode `statements`" in page and "What moved most" in page and "0.05/" in page
+    assert "in mode `statements`" in page and "What moved most" in page and "0.025/" in page
     folders = ["verdict", str(judge.folder / "committed"), "--reports", str(judge.folder / "here")]
     assert main(folders) == 0
     judge(shifted(PLAIN, 0.5))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RUN', 'KIND', 'TIMING', 'EVERY_SPLIT', 'ASSUMED', 'IDENTICAL', 'EQUIVALENT', 'UNDECIDED', 'DIFFERENT', 'MISSING',
-           'NEW', 'MARGIN', 'MARGIN_SHARE', 'ERRORS', 'STATEMENT', 'KEPT', 'HAIR', 'CHANGED', 'DATA_TABLES',
-           'RUN_TABLES', 'with_means', 'pairs', 'seed_spread', 'deviations', 'judge_cells', 'paired_comparison',
-           'claim_comparisons', 'plain_comparisons', 'judge_statements', 'judge_table', 'judge_recomputed', 'Verdict',
-           'report_verdict', 'summary', 'write_verdict']
+           'NEW', 'FALSE_ALARMS', 'MARGIN', 'MARGIN_SHARE', 'ERRORS', 'STATEMENT', 'KEPT', 'HAIR', 'CHANGED',
+           'DATA_TABLES', 'RUN_TABLES', 'with_means', 'pairs', 'seed_spread', 'deviations', 'judge_cells',
+           'paired_comparison', 'claim_comparisons', 'plain_comparisons', 'judge_statements', 'judge_table',
+           'judge_recomputed', 'Verdict', 'report_verdict', 'summary', 'write_verdict']
 
 # %% ../../nbs/report/07_verdict.ipynb #6d2af4ed
 import json
@@ -108,6 +108,7 @@ IDENTICAL, EQUIVALENT, UNDECIDED, DIFFERENT, MISSING, NEW = (
     "missing",
     "new",
 )
+FALSE_ALARMS = 0.05  # probability that a correct machine is turned away: half by a cell, half by a statement
 MARGIN, MARGIN_SHARE = 0.03, 0.15  # what nobody would call another result
 
 
@@ -115,7 +116,7 @@ def judge_cells(
     results: pd.DataFrame,  # regenerated
     reference: pd.DataFrame,  # committed
     exact: bool,  # mode `identical`: anything but the same number is different
-    level: float = 0.95,  # of all intervals together
+    rate: float = FALSE_ALARMS / 2,  # probability that any interval misses
 ) -> pd.DataFrame:  # CELL, seeds, reference, here, half (of the interval), verdict
     "One row for each cell of the runs that both sides have."
     results, reference = with_means(results), with_means(reference)
@@ -135,7 +136,7 @@ def judge_cells(
     cells = cells.reset_index()
     scale = deviations(cells, reference)
     moved = ~(cells.same | cells.lost | cells.new)
-    quantile = student.ppf(1 - (1 - level) / max(moved.sum(), 1) / 2, scale.freedom)
+    quantile = student.ppf(1 - rate / max(moved.sum(), 1) / 2, scale.freedom)
     cells["half"] = (quantile * scale.deviation * np.sqrt(2 / cells.seeds)).where(moved)
     off, margin = (cells.here - cells.reference).abs(), np.maximum(MARGIN, MARGIN_SHARE * cells.reference.abs())
     cells["verdict"] = np.select(
@@ -229,7 +230,7 @@ KEPT, HAIR, CHANGED = "kept", "hangs on a hair", "changed"
 def judge_statements(
     results: pd.DataFrame,  # regenerated
     reference: pd.DataFrame,  # committed
-    level: float = 0.95,  # of all statements together
+    rate: float = FALSE_ALARMS / 2,  # probability that a correct machine changes any
 ) -> pd.DataFrame:  # statement, reference, here, probability (of this word on a correct machine, at most), verdict
     "One row for each statement that the runs of both sides make."
     results, reference = with_means(results), with_means(reference)
@@ -255,7 +256,7 @@ def judge_statements(
     )
     table["probability"] = np.where(table.here, table.yes, table.no.clip(upper=1))
     table["verdict"] = np.select(
-        [table.reference == table.here, table.probability * len(table) > 1 - level], [KEPT, HAIR], CHANGED
+        [table.reference == table.here, table.probability * len(table) > rate], [KEPT, HAIR], CHANGED
     )
     said = there.drop_duplicates("statement").set_index("statement")
     for side in ("reference", "here"):
@@ -418,13 +419,15 @@ def write_verdict(
             else f"A cell is *different* if its interval does not hold zero, and *equivalent* if the interval lies "
             f"within {100 * MARGIN:g} points or "
             f"{MARGIN_SHARE:.0%} of the number. *Undecided*: neither is shown. The intervals hold for all cells "
-            f"together with 95 %: 1 − 0.05/{moved} for each of the {moved} cells that are not identical."
+            f"together with {1 - FALSE_ALARMS / 2:.1%}: 1 − {FALSE_ALARMS / 2}/{moved} for each of the {moved} cells "
+            "that are not identical."
         ),
         to_markdown(summary(verdict)),
         f"## Statements\n\n{len(verdict.statements):,} statements are made by both sides: "
         + ", ".join(f"{count} {word}" for word, count in said.items())
         + f". A word hangs on a hair if it differs, and a correct machine may say it too; it is changed if that has a "
-        f"probability below 0.05/{len(verdict.statements)}.",
+        f"probability below {FALSE_ALARMS / 2}/{len(verdict.statements)}. So a correct machine fails with a "
+        f"probability of {FALSE_ALARMS:.0%} at most.",
     ]
     far = verdict.cells.assign(
         off=(verdict.cells.here - verdict.cells.reference).abs() / verdict.cells.half
