@@ -289,6 +289,18 @@ def contrast(
             ratio,
             resamples,
         )
+    against = select(second, **{"pass": "floor"})
+    if len(against) == 1 and len(first) == len(pairs) and all(s is not None for s in sides[0]):
+        # a floor was not scored by scene: its interval and that of the other side, added up in squares (Newcombe 1998)
+        parts, floor = pd.concat(sides[0]), against.value.item()
+        (low, high, _), (least, most, over) = interval(pairs[COLUMNS], parts), interval(against)
+        if over == "records":
+            value = pairs.value.mean() - floor
+            down, up = (
+                np.hypot(pairs.value.mean() - low, most - floor),
+                np.hypot(high - pairs.value.mean(), floor - least),
+            )
+            return Difference(value, value - down, value + up, len(parts), np.nan)
     differences = pairs.value - pairs.value_b
     mean, n, spread = differences.mean(), len(pairs), differences.std(ddof=1)
     if n < 3:
