@@ -98,6 +98,14 @@ def test_a_small_error_on_every_split_is_seen_on_average(judge):
     assert "every split" in set(wrong.split)
 
 
+def test_one_answer_may_turn_where_all_seeds_agree(judge):
+    alike = REFERENCE.assign(value=REFERENCE.value.where(REFERENCE["pass"] != "3d", 0.02))
+    turned = (alike["pass"] == "3d") & (alike.task == "scanrefer") & (alike.arm == "plain")
+    assert turned.any()
+    assert judge(alike.assign(value=alike.value + turned / alike.n), reference=alike).passed
+    assert not judge(alike.assign(value=alike.value + 20 * turned / alike.n), reference=alike).passed
+
+
 def test_a_statement_that_turns_fails(judge):
     better = shifted((REFERENCE.arm == "intervention") & (REFERENCE["pass"] == "fused"), 0.2)
     found = judge(shifted((REFERENCE.arm == "intervention") & (REFERENCE["pass"] == "fused"), -0.2), reference=better)

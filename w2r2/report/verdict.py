@@ -95,6 +95,8 @@ def deviations(
     share = np.sqrt(np.clip(value * (1 - value), 0, None).clip(0.5 / cells.n) / cells.n)
     deviation = np.where(floor & np.isnan(deviation), np.where(value <= 1, share, ASSUMED * value), deviation)
     deviation = np.where(np.isnan(deviation), ASSUMED * np.abs(value), deviation)
+    answers = ~cells.task.isin(["diagnosis", "training"])  # one of them may turn, also where no seed turned any
+    deviation = np.where(answers, np.maximum(deviation, 1 / cells.n.to_numpy()), deviation)
     return pd.DataFrame(
         {"deviation": deviation, "freedom": np.where(np.isnan(freedom), 30, freedom)}, index=cells.index
     )
