@@ -34,6 +34,7 @@ repro: $(READY) ## the main job: regenerate everything that dvc.yaml describes i
 
 reference: $(READY) ## rewrite the committed reports by this run (params.yaml: train.set: report for the runs that the tables are made of)
 	dvc repro
+	rm -f build/reports/verdict*
 	for kind in figures tables notebooks; do mkdir -p reports/$$kind && cp -r build/reports/$$kind/. reports/$$kind/; done
 	cp build/reports/*.* reports/
 
