@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..model.candidates import seen_from_first
 from ..model.encoders import move_boxes, move_geometry
 from ..scans.cameras import transform_points
 from ..tasks.answers import Bins, gravity_frame, to_view
@@ -35,6 +36,9 @@ def move(
     geometry, poses = scene["geometry"], scene["poses"]
     patch = torch.arange(len(geometry)) // (len(geometry) // len(poses))
     moved = {**scene, "geometry": move_geometry(geometry[None], patch[None], poses[None], *do)[0]}
+    if move_target and "candidates" in scene:
+        places = move_boxes(scene["candidates"]["boxes"][None], *do)[0]
+        moved["candidates"] = scene["candidates"] | {"boxes": places}
     if move_target and scene["queries"]:
         boxes = move_boxes(torch.stack([query["box"] for query in scene["queries"]])[None], *do)[0]
         moved["queries"] = [{**query, "box": box} for query, box in zip(scene["queries"], boxes)]
@@ -117,7 +121,12 @@ class Interventions:
             "drop2d": bool(dropped < self.drop2d),
             "drop3d": bool(1 - dropped <= self.drop3d),
         }
-        return scene | {"f2d": torch.zeros_like(scene["f2d"])} if scene["drop2d"] else scene
+        if not scene["drop2d"]:
+            return scene
+        blank = {"f2d": torch.zeros_like(scene["f2d"])}
+        if "candidates" in scene:
+            blank["candidates"] = scene["candidates"] | {"f2d": torch.zeros_like(scene["candidates"]["f2d"])}
+        return scene | blank
 
 # %% ../../nbs/method/01_interventions.ipynb #033b83e4
 def displace(
@@ -132,4 +141,8 @@ def displace(
     scales = ((2 * torch.rand(len(given), dtype=torch.float64) - 1) * scale).exp().to(poses)
     centre = mean_point({"poses": poses, "geometry": given.masked_fill(padding, torch.nan)})
     moved = move_geometry(given, batch["visual_index"].clamp(min=0) // patches, poses, shifts, scales, centre)
-    return {**batch, "geometry": torch.where(padding, given, moved)}
+    displaced = {**batch, "geometry": torch.where(padding, given, moved)}
+    if "candidate_boxes" in batch:
+        displaced["candidate_boxes"] = move_boxes(batch["candidate_boxes"], shifts, scales, centre)
+        displaced["candidate_place"] = seen_from_first(displaced["candidate_boxes"], poses)
+    return displaced

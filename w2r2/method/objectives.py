@@ -23,12 +23,13 @@ from w2r2.method.alignment import (
     bin_logits,
     expected_boxes,
     per_query,
+    pick_logits,
     query_losses,
     query_mean,
     similarity,
 )
 from .interventions import displace
-from ..model.fused import INPUTS, FusedVLM
+from ..model.fused import FusedVLM, inputs_of
 from ..scans.geometry import box_iou_soft
 
 # %% ../../nbs/method/02_objectives.ipynb #8ecf4634
@@ -123,9 +124,7 @@ def shortcut_pass(
     "Eq. 3: the logits of Phi(F2D, 0) at the kept positions."
     batch = targets.batch
     with constant_visual(model, batch["input_ids"]) if constant else nullcontext():
-        return model(
-            **{name: batch[name] for name in INPUTS}, shortcut=not moved, logits_to_keep=batch["labels"] >= 0
-        ).logits
+        return model(**inputs_of(batch), shortcut=not moved, logits_to_keep=batch["labels"] >= 0).logits
 
 # %% ../../nbs/method/02_objectives.ipynb #22d654f4
 def deter(
@@ -202,8 +201,9 @@ def score_penalty(s, fused, shortcut, targets, mu):
     cost = (similarity(shortcut, targets, greedy=True) - mu).clamp(min=0)
     words = shortcut[targets.words].float()
     likely = -functional.cross_entropy(words, words.argmax(-1), reduction="none")
+    boxes, picks = bin_logits(shortcut, targets).log_softmax(-1), pick_logits(shortcut, targets).log_softmax(-1)
     return (
-        cost * per_query(bin_logits(shortcut, targets).log_softmax(-1).amax(-1).mean(-1), likely, targets),
+        cost * per_query(boxes.amax(-1).mean(-1), likely, targets, picks.amax(-1)),
         cost > 0,
         {},
     )
@@ -228,6 +228,8 @@ def agreement(s, fused, shortcut, targets, mu):
     repeated = functional.cross_entropy(fused[targets.words].float(), said, reduction="none").neg().exp() * (
         said != targets.labels[targets.words]
     )
+    if len(targets.picks):
+        raise ValueError("reading 'agreement' compares boxes that are said; it is not defined for picks")
     agreed = per_query(box_iou_soft(boxes(fused), boxes(shortcut)), repeated, targets)
     return (1 - s) * (agreed - mu).clamp(min=0), (agreed > mu) & (s < 1), {"agreement": agreed}
 
@@ -261,6 +263,8 @@ READINGS["poe"] = Reading("CE(p_F sg[p_S] / Z, y)", "product of experts (Clark e
 # %% ../../nbs/method/02_objectives.ipynb #a194c42d
 def whatwhere(s, fused, shortcut, targets, mu):
     "Cross-entropy of the tokens that say what, plus how far from flat the tokens are that say where."
+    if len(targets.picks):
+        raise ValueError("reading 'whatwhere' needs answers that say what and where apart; a pick does not")
     losses = functional.cross_entropy(shortcut.float(), targets.labels, reduction="none")
     identify = query_mean(losses, targets, targets.slot <= 0)
     divergence = -bin_logits(shortcut, targets).log_softmax(-1).mean((-2, -1)) / math.log(targets.bins.count) - 1
@@ -279,9 +283,9 @@ READINGS["whatwhere"] = Reading(
 # %% ../../nbs/method/02_objectives.ipynb #c7baf8be
 def counterfactual(s, fused, shortcut, targets, mu):
     "The hinge of boxes; right words stay right when the geometry moves."
-    return hinge_penalty(
-        per_query(s.flatten()[targets.grounded], s.new_zeros(len(targets.words)), targets), fused, shortcut, targets, mu
-    )
+    flat = s.flatten()
+    of_boxes = per_query(flat[targets.grounded], s.new_zeros(len(targets.words)), targets, flat[targets.picked])
+    return hinge_penalty(of_boxes, fused, shortcut, targets, mu)
 
 
 READINGS["counterfactual"] = Reading(

@@ -28,7 +28,7 @@ from .muon import StackedMuon
 from .objectives import READINGS, Push, deter
 from .reforming import Reforming, anchor_agreement, visual_attention
 from ..model.features import TASKS
-from ..model.fused import INPUTS
+from ..model.fused import inputs_of
 
 # %% ../../nbs/method/05_trainer.ipynb #d32cf758
 @dataclass
@@ -249,7 +249,7 @@ class W2R2Trainer(Trainer):
         if num_items_in_batch is not None:  # gradients are averaged over processes
             items = num_items_in_batch / self.accelerator.num_processes
         fused = model(
-            **{name: inputs[name] for name in INPUTS},
+            **inputs_of(inputs),
             shortcut=inputs.get("shortcut", False),
             logits_to_keep=inputs["labels"] >= 0,
             output_hidden_states=args.anchors > 0,
@@ -304,7 +304,7 @@ class W2R2Trainer(Trainer):
         batch = targets.take(scenes).batch
         with torch.no_grad():
             shortcut = model(
-                **{name: batch[name] for name in INPUTS},
+                **inputs_of(batch),
                 shortcut=True,
                 logits_to_keep=batch["labels"] >= 0,
                 output_hidden_states=True,

@@ -40,14 +40,16 @@ def positions(
     grid: tuple[int, int],  # rows and columns of a view
     before: int = 0,  # text tokens before the visual ones
     after: int = 0,  # text tokens between them and the queries
-) -> torch.Tensor:  # (3, before + N + after)
+    candidates: int = 0,  # candidate tokens behind the visual ones; they have no order, so all stand at one place
+) -> torch.Tensor:  # (3, before + N + candidates + after)
     "Rotary positions of a prefix, as Qwen2.5-VL counts those of a video with one frame per view."
     rows, columns = grid
     visual = before + torch.stack(
         [visual_index // (rows * columns), visual_index // columns % rows, visual_index % columns]
     )
     end = int(visual.max()) + 1 if len(visual_index) else before
-    return torch.cat([torch.arange(before).expand(3, -1), visual, end + torch.arange(after).expand(3, -1)], 1)
+    behind = torch.tensor([end]).repeat(candidates), end + bool(candidates) + torch.arange(after)
+    return torch.cat([torch.arange(before).expand(3, -1), visual, torch.cat(behind).expand(3, -1)], 1)
 
 # %% ../../nbs/model/03_packing.ipynb #68d9a95e
 @dataclass
@@ -89,17 +91,18 @@ class Packer:
     def __call__(
         self,
         # f2d (P, d), geometry (P, g), poses (V, 4, 4), visual_index (N,), queries: list of (prompt ids, answer ids or
-        # None)
+        # None); with candidates also `places`, how many, and `picks`, for each query whether it picks one of them
         scenes: list[dict],
     ) -> dict[str, torch.Tensor]:
         """The batch: `input_ids`, `segment`, `labels`, `answer_slot` (B, T); `position_ids` (3, B, T); `visual_index`
-        (B, N), -1 where padded; `f2d`, `geometry` (B, N, ...); `poses`."""
+        (B, N), -1 where padded; `f2d`, `geometry` (B, N, ...); `poses`; with candidates also `pick` (B, T), where a
+        query picks one."""
         rows = [self._sequence(scene) for scene in scenes]
 
         def stack(values, fill):
             return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
 
-        ids, segment, labels, place = zip(*rows)
+        ids, segment, labels, pick, place = zip(*rows)
         batch = {
             "input_ids": stack(ids, self.pad),
             "segment": stack(segment, PADDING),
@@ -111,6 +114,8 @@ class Packer:
             "poses": torch.stack([scene["poses"] for scene in scenes]),
         }
         batch["answer_slot"] = self.slots(batch["labels"])
+        if any(scene.get("places") for scene in scenes):
+            batch["pick"] = stack(pick, False)
         return batch
 
     def slots(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -120,12 +125,13 @@ class Packer:
         return torch.where((number >= 0) & (number < self.bins.views + 6 * self.bins.count), slot, -1)
 
     def _sequence(self, scene):
-        "Ids, segments, labels (T,) and positions (3, T) of one scene."
-        index = scene["visual_index"]
-        prefix = [*self.before, *[self.image] * len(index), *self.after]
-        place = positions(index, self.grid, len(self.before), len(self.after))
+        "Ids, segments, labels, picks (T,) and positions (3, T) of one scene."
+        index, candidates = scene["visual_index"], scene.get("places", 0)
+        prefix = [*self.before, *[self.image] * (len(index) + candidates), *self.after]
+        place = positions(index, self.grid, len(self.before), len(self.after), candidates)
         start = int(place.max()) + 1 if place.numel() else 0
         ids, segment, labels, places = [*prefix], [PREFIX] * len(prefix), [-100] * len(prefix), [place]
+        pick = [False] * len(prefix)
         for number, (prompt, answer) in enumerate(scene["queries"]):
             asked = [*prompt, *self.opening]
             told = [] if answer is None else [*answer, *self.closing]
@@ -133,8 +139,9 @@ class Packer:
             labels += [-100] * (len(asked) - 1) + (told or [-100])
             length = len(asked) + max(len(told) - 1, 0)
             segment += [number] * length
+            pick += [place == len(asked) - 1 and bool(candidates) and scene["picks"][number] for place in range(length)]
             places.append(torch.arange(start, start + length).expand(3, -1))
-        return torch.tensor(ids), torch.tensor(segment), torch.tensor(labels), torch.cat(places, 1)
+        return *map(torch.tensor, (ids, segment, labels, pick)), torch.cat(places, 1)
 
 # %% ../../nbs/model/03_packing.ipynb #a5d30002
 @dataclass(frozen=True)

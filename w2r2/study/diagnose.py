@@ -20,7 +20,7 @@ from ..method.reforming import on_target, visual_attention
 from ..metrics.accuracy import box_overlaps
 from ..metrics.floors import class_boxes, random_box
 from ..metrics.statistics import Interval, bootstrap
-from ..model.fused import INPUTS, FusedVLM
+from ..model.fused import FusedVLM, inputs_of
 from ..model.packing import Packer
 from ..model.scenes import Collator
 from ..scans.cameras import transform_points
@@ -212,7 +212,7 @@ def _states(model: FusedVLM, scene: dict, packer: Packer) -> tuple[dict, dict]:
     (scene,) = _grounding([scene])
     batch = Collator(packer)([scene | {"queries": [query | {"answer": []} for query in scene["queries"]]}])
     batch = {name: value.to(model.device) for name, value in batch.items()}
-    given = {key: batch[key] for key in INPUTS} | {"output_hidden_states": True, "logits_to_keep": batch["labels"] >= 0}
+    given = inputs_of(batch) | {"output_hidden_states": True, "logits_to_keep": batch["labels"] >= 0}
     return batch, {
         name: model(**given, shortcut=shortcut).hidden_states for name, shortcut in (("fused", False), ("2d", True))
     }

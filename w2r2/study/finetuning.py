@@ -7,7 +7,7 @@ __all__ = ['Progress', 'Curves', 'finetune']
 
 # %% ../../nbs/study/06_finetuning.ipynb #a7eeebdb
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +18,10 @@ from ..method.trainer import W2R2Config, W2R2Trainer, last_checkpoint
 from ..model.checkpoint import load, save
 from ..model.features import Features, Queries
 from ..model.fusion import Fusion
-from ..model.scenes import Collator, Scenes
+from ..model.fused import add_picks
+from ..model.scenes import Collator, Scenes, Shown
 from .jobs import check_one_thread
+from ..tasks.candidates import Candidates
 
 # %% ../../nbs/study/06_finetuning.ipynb #c6314a44
 class Progress(TrainerCallback):
@@ -65,6 +67,7 @@ def finetune(
     settings: dict,  # "run": of `w2r2.study.experiments.Run`; "backbone", "features": folders
     folder: Path,  # the model goes to folder / "model", the curves to folder / "live"
     tell: Callable[[int], None],  # is told the number of steps done
+    watching: Sequence[TrainerCallback] = (),  # further callbacks
 ) -> list[dict]:  # the training log: terms of the loss by name
     "Fine-tune the backbone on the training scenes; raises `TypeError` for a setting that `W2R2Config` does not have."
     run = {name: value for name, value in settings["run"].items() if name != "inputs"}
@@ -82,10 +85,13 @@ def finetune(
         model.config.fusion,
         model.config.zero,
     )
-    train = Path(settings["features"], "train")
-    scenes = Scenes(Features.open(train, noise), Queries.open(train), per_task, run["seed"])
+    train, shown = Path(settings["features"], "train"), None
+    if source := run.pop("candidates", None):
+        add_picks(model)
+        shown = Shown.tokenised(Candidates.open(train / f"candidates_{source}.npz"), tokenizer)
+    scenes = Scenes(Features.open(train, noise), Queries.open(train), per_task, run["seed"], candidates=shown)
     args = W2R2Config(str(folder), max_steps=steps, save_total_limit=1, **run)
-    callbacks = [Progress(tell), Curves(Path(folder, "live"))]
+    callbacks = [Progress(tell), Curves(Path(folder, "live")), *watching]
     trainer = W2R2Trainer(model, args, scenes, Collator(packer), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     save(model, tokenizer, packer.bins, Path(folder, "model"))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..model.checkpoint import companions
 from ..model.features import encode_views
-from ..model.fused import INPUTS, FusedVLM
+from ..model.fused import FusedVLM, inputs_of
 from ..model.packing import PADDING, Packer, extend
 from ..model.scenes import Collator
 from ..scans.prepared import prepare_scan
@@ -56,8 +56,9 @@ def decode(
     running = (segment[:, None] == torch.arange(int(segment.max()) + 1, device=segment.device)[:, None]).any(
         -1
     )  # (B, Q)
-    output = model(**{name: batch[name] for name in INPUTS}, use_cache=True, logits_to_keep=last, **options)
+    output = model(**inputs_of(batch), use_cache=True, logits_to_keep=last, **options)
     logits = output.logits.new_zeros(*running.shape, output.logits.shape[-1])
+    words = logits.shape[-1] - (batch["candidate_boxes"].shape[1] if "candidate_boxes" in batch else 0)
     logits[running] = output.logits
     legal = None if held is None else allowed(packer, batch["poses"], logits.shape[-1])
     own, said = running, []
@@ -71,14 +72,13 @@ def decode(
                 token = torch.where(held & (views >= 0), packer.first_bin + views, token)
         running = running & (token != packer.closing[0])
         said.append(torch.where(running, token, -1))
+        running = running & (token < words)  # a pick is an answer of one token
         if held is not None and step == 6:
             running = running & ~held
         if not running.any():
             break
         batch = _without(extend(batch, said[-1].where(running, -1), packer.pad), ~running.any(0))
-        logits[:, running.any(0)] = model(
-            **{name: batch[name] for name in INPUTS}, past_key_values=output.past_key_values
-        ).logits
+        logits[:, running.any(0)] = model(**inputs_of(batch), past_key_values=output.past_key_values).logits
     return torch.stack(said, -1), own
 
 
@@ -144,11 +144,16 @@ def answer(
         if views is not None:
             named = torch.full_like(tasks, -1)
             named[real] = torch.as_tensor(views[done : done + int(real.sum())]).to(named)
-        ids, own = decode(model, batch, packer, tasks == 0 if hold else None, named, longest, **_BLIND[blind])
-        ids, own, tasks = ids[real], own[real], tasks[real]
-        boxes, seen = read_boxes(ids.where((tasks == 0)[:, None], -1), batch["poses"][real.nonzero()[:, 0]], packer)
-        parts.append((batch["numbers"][real], tasks, seen, boxes, own & ((tasks != 0) | (seen >= 0))))
-        texts += tokenizer.batch_decode([[token for token in row if token >= 0] for row in ids.tolist()])
+        picks, words = "candidate_boxes" in batch, model.vlm.lm_head.out_features
+        held = tasks == 0 if hold and not picks else None
+        ids, own = decode(model, batch, packer, held, named, longest, **_BLIND[blind])
+        ids, own, tasks, scene = ids[real], own[real], tasks[real], real.nonzero()[:, 0]
+        boxes, seen = read_boxes(ids.where((tasks == 0)[:, None], -1), batch["poses"][scene], packer)
+        if picks:
+            chosen = tasks == 0
+            boxes[chosen] = batch["candidate_boxes"][scene[chosen], ids[chosen, 0] - words].to(boxes)
+        parts.append((batch["numbers"][real], tasks, seen, boxes, own & ((tasks != 0) | (seen >= 0) | picks)))
+        texts += tokenizer.batch_decode([[token for token in row if 0 <= token < words] for row in ids.tolist()])
         done += len(ids)
     numbers, tasks, seen, boxes, own = (torch.cat(part).cpu().numpy() for part in zip(*parts))
     return Predictions(numbers, tasks, texts, seen, boxes, own)

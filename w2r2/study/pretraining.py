@@ -25,7 +25,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from ..method.alignment import Targets, adapted_cross_entropy, align, batch_mean, query_mean
 from ..method.trainer import W2R2Config, W2R2Trainer
 from ..model.features import Features, Queries
-from ..model.fused import INPUTS, FusedVLM
+from ..model.fused import FusedVLM, inputs_of
 from ..model.packing import Packer
 from ..model.scenes import Collator, Scenes
 from ..rooms.layout import Item
@@ -331,7 +331,7 @@ class Teacher(W2R2Trainer):
         "Weighted mean over the tokens of each answer, mean over queries."
         args, step = self.args, self.state.global_step
         targets = Targets(inputs, self.packer.bins, self.packer.first_bin, args.sigma)
-        output = model(**{name: inputs[name] for name in INPUTS}, shortcut=True, logits_to_keep=inputs["labels"] >= 0)
+        output = model(**inputs_of(inputs), shortcut=True, logits_to_keep=inputs["labels"] >= 0)
         view, coordinate, word = args.weights
         if args.silent:
             coordinate *= min(max((step - args.silent) / 100, 0), 1)
