@@ -230,8 +230,8 @@ def similarity(
     targets: Targets,
     greedy: bool = False,  # of the most probable tokens instead of all; no gradient
 ) -> torch.Tensor:  # (B, Q) in [0, 1], 0 for a query without an answer
-    """s(o, y) of Eq. 6 for each query: IoU for boxes, its exact expectation over the candidates for picks, expected match
-    of the words for captions and answers."""
+    """s(o, y) of Eq. 6 for each query: IoU for boxes, its exact expectation over the candidates for picks, expected
+    match of the words for captions and answers."""
     boxes, truth = (
         values.reshape(-1, 6)[targets.grounded]
         for values in (expected_boxes(logits, targets, greedy), targets.batch["boxes"])

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from .backbone import image_patches
 from .candidates import CandidateTokens
 from .fusion import Fusion
-from .packing import PREFIX, Layout, block_mask
+from .packing import Layout, block_mask
 from .two_hop import TwoHop
 
 # %% ../../nbs/model/04_fused.ipynb #1fb73cee

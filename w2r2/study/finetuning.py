@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from ..method.trainer import W2R2Config, W2R2Trainer, last_checkpoint
 from ..model.checkpoint import load, save
 from ..model.features import Features, Queries
-from ..model.fusion import Fusion
 from ..model.fused import add_picks
+from ..model.fusion import Fusion
 from ..model.scenes import Collator, Scenes, Shown
 from .jobs import check_one_thread
 from ..tasks.candidates import Candidates

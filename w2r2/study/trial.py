@@ -6,7 +6,6 @@
 __all__ = ['RELATIONS', 'gather_candidates', 'relation_of', 'Asked', 'Watch', 'trial']
 
 # %% ../../nbs/study/09_trial.ipynb #94a7a763
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -62,10 +61,9 @@ def gather_candidates(
     return found
 
 # %% ../../nbs/study/09_trial.ipynb #2381e9a0
-RELATIONS = (
-    "between", "closest to", "nearest to", "farthest from", "furthest from", "in front of", "behind", "of the entrance", "to the left of",
-    "to the right of", "left of", "right of", "next to", "beside", "above", "below", "under", "on top of", "on",
-)  # fmt: skip
+RELATIONS = ["between", "closest to", "nearest to", "farthest from", "furthest from", "in front of", "behind"]
+RELATIONS += ["of the entrance", "to the left of", "to the right of", "left of", "right of", "next to", "beside"]
+RELATIONS += ["above", "below", "under", "on top of", "on"]
 
 
 def relation_of(text: str) -> str:
@@ -108,7 +106,7 @@ class Asked:
 
 
 class Watch(TrainerCallback):
-    "Asks a model at some steps; what it answered is kept in the state of the trainer, so that a run that goes on has it."
+    "Asks a model at some steps; the state of the trainer keeps the accuracies, so that a run that goes on has them."
 
     def __init__(self, asked: Asked, at: list[int], packer: Packer, tokenizer):
         self.asked, self.at, self.packer, self.tokenizer = asked, at, packer, tokenizer

@@ -6,7 +6,6 @@
 __all__ = ['PLACES', 'STRUCTURE', 'true_proposals', 'Candidates', 'overlaps']
 
 # %% ../../nbs/tasks/03_candidates.ipynb #4577e5c5
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
