@@ -92,7 +92,7 @@ class Asked:
         self.table = pd.DataFrame(
             {
                 "scene": [record["scene_id"] for record in records],
-                "unique": [record["unique"] for record in records],
+                "unique": [record["unique_multiple"] == 0 for record in records],
                 "relation": [relation_of(record["description"]) for record in records],
             }
         )
