@@ -56,6 +56,14 @@ class Seen(NamedTuple):
     geometry: tuple[torch.Tensor, ...]  # by scene, F3D (V, h, w, twice VGGT's width)
 
 
+def _twice(seen: Seen) -> Seen:
+    "The same for a batch that comes twice."
+    parts = {"pooler_output": tuple(seen.image.pooler_output) * 2}
+    if "deepstack_features" in seen.image:
+        parts["deepstack_features"] = [tuple(level) * 2 for level in seen.image.deepstack_features]
+    return Seen(type(seen.image)(**{**seen.image, **parts}), seen.geometry * 2)
+
+
 class VGLLM(FusedVLM):
     "A VLM that sees F2D + merger(F3D) in place of its image tokens."
 
@@ -159,11 +167,18 @@ class VGLLM(FusedVLM):
         shortcut: bool | torch.Tensor = False,  # Phi(F2D, 0) for all scenes, or those marked in (B,)
         zero: str = "after",  # see `visual_tokens`
         seen: Seen | None = None,  # from `see`, if the encoders have run already
+        both: bool = False,  # the fused pass of all scenes and behind it the shortcut pass of all, as a batch of 2 B
         **kwargs,  # of the VLM: `attention_mask`, `logits_to_keep`, `past_key_values`
     ) -> ModelOutput:  # the VLM's own, with `loss` (mean over the labels, each told by the tokens before) and `logits`
-        "One pass."
+        """One pass, or `both`: the encoders run once, and a sharded model gathers its parameters once. Raises
+        ValueError as `see` and `visual_tokens` do."""
         if seen is None:
             seen = self.see(pixel_values, image_grid_thw, images_3d)
+        if both:
+            shortcut = torch.arange(2 * len(input_ids)) >= len(input_ids)
+            input_ids, image_grid_thw, seen = input_ids.repeat(2, 1), image_grid_thw.repeat(2, 1), _twice(seen)
+            kwargs = {name: value.repeat(2, 1) for name, value in kwargs.items()}
+            labels = None if labels is None else labels.repeat(2, 1)
         return self.vlm(**self.inputs(input_ids, seen, image_grid_thw, shortcut, zero), labels=labels, **kwargs)
 
     @torch.no_grad()

@@ -146,11 +146,12 @@ def _turns(asked: str, said: str | None) -> list[dict]:
 
 
 def _metadata(sample: Sample, numbers: list[int]) -> dict:
-    "What scoring needs, and which frames of which scan these are."
+    "What scoring needs, and which frames of which scan these are: their numbers, and their positions in `Scan.frames`."
     return {
         "dataset": sample.task,
         "scene_id": sample.scene_id,
         "frames": numbers,
+        "positions": sample.frames.tolist(),
         "object_ids": list(sample.object_ids),
         "ann_id": sample.id.split("|")[-1],
     }
