@@ -174,8 +174,6 @@ class Aggregator(nn.Module):
         self.register_token = nn.Parameter(torch.randn(1, 2, 4, width) * 1e-6)
         self.frame_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.global_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        for name, value in (("mean", MEAN), ("std", STD)):
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     @property
     def special(self) -> int:
@@ -194,7 +192,8 @@ class Aggregator(nn.Module):
                 f"images of {images.shape[-1]} x {images.shape[-2]} pixels do not divide into patches of "
                 f"{self.patch_size}"
             )
-        flat = ((images - self.mean) / self.std).flatten(0, 1).to(self.camera_token)
+        mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (MEAN, STD))
+        flat = ((images - mean) / std).flatten(0, 1).to(self.camera_token)
         patches = torch.cat([self.patch_embed(part) for part in flat.split(chunk)]).unflatten(0, images.shape[:2])
         which = torch.arange(images.shape[1], device=images.device).clamp(max=1)
         own = torch.cat([self.camera_token, self.register_token], 2)[:, which].expand(len(images), -1, -1, -1)

@@ -309,17 +309,12 @@ class Samples:
         views: int = 6,  # frames per scene
         sampling: str = "uniform",  # see `choose_frames`
         codec: Bins | NineNumbers = Bins(),  # how boxes are said
+        look: Callable[[Path, str, int, str], SceneViews] = scene_views,  # (root, scene id, views, sampling)
     ):
         if task not in PROMPTS:
             raise ValueError(f"no task {task!r}; there are {', '.join(PROMPTS)}")
-        self.task, self.records, self.root, self.views, self.sampling, self.codec = (
-            task,
-            records,
-            Path(root),
-            views,
-            sampling,
-            codec,
-        )
+        self.task, self.records, self.root, self.views, self.sampling = task, records, Path(root), views, sampling
+        self.codec, self.look = codec, look
 
     def __len__(self):
         return len(self.records)
@@ -327,7 +322,7 @@ class Samples:
     def __getitem__(self, i: int) -> Sample:
         "Raises `ScanNetError` for a scan that cannot be read, and for an object that it does not have."
         record = self.records[i]
-        scene = scene_views(self.root, record["scene_id"], self.views, self.sampling)
+        scene = self.look(self.root, record["scene_id"], self.views, self.sampling)
         if self.task == "scanqa":
             box, view, ids, references = None, -1, tuple(record.get("object_ids", ())), tuple(record.get("answers", ()))
             name, text, answer = record["question_id"], record["question"], next(iter(references), None)
