@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ..scans.geometry import box_iou, box_iou_soft
 from ..tasks.answers import Bins
-from ..tasks.candidates import overlaps
+from ..tasks.candidates import candidate_overlaps
 
 # %% ../../nbs/method/00_alignment.ipynb #4406615a
 class Targets:
@@ -80,7 +80,7 @@ class Targets:
         if not len(self.picks):
             return self.batch["boxes"].new_zeros(0, 1)
         boxes = self.batch["candidate_boxes"][self.picked // self.size[1]]
-        return overlaps(boxes, self.batch["boxes"].view(-1, 6)[self.picked].to(boxes)).float()
+        return candidate_overlaps(boxes, self.batch["boxes"].view(-1, 6)[self.picked].to(boxes)).float()
 
 # %% ../../nbs/method/00_alignment.ipynb #95ff8fad
 def query_mean(

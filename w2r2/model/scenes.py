@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from .candidates import pool_patches, seen_from_first
 from .features import TASKS, Features, Queries
 from .packing import Packer
-from ..tasks.candidates import Candidates, overlaps
+from ..tasks.candidates import Candidates, candidate_overlaps
 
 # %% ../../nbs/model/07_scenes.ipynb #c0a1b2c4
 MATCH = 0.25  # IoU from which a candidate fits a target
@@ -185,7 +185,7 @@ class Collator:
         for place, query in enumerate(scene["queries"]):
             prompt, answer = asked["queries"][place]
             if picks[place] and answer is not None:
-                fits = overlaps(boxes, query["box"].to(boxes)).max() > MATCH
+                fits = candidate_overlaps(boxes, query["box"].to(boxes)).max() > MATCH
                 asked["queries"][place] = prompt, [] if fits else None
         return asked | {"places": len(boxes), "picks": picks}
 
