@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ..scans.geometry import box_iou, box_iou_soft
 from ..tasks.answers import Bins
-from ..tasks.candidates import candidate_overlaps
+from ..tasks.candidates import MATCH, candidate_overlaps
 
 # %% ../../nbs/method/00_alignment.ipynb #4406615a
 class Targets:
@@ -137,7 +137,7 @@ def pick_logits(
 
 def soft_picks(targets: Targets) -> torch.Tensor:
     "(N, C) how right each candidate is; the rows sum to 1."
-    fits = torch.where(targets.overlap > 0.25, targets.overlap**2, 0.0)
+    fits = torch.where(targets.overlap > MATCH, targets.overlap**2, 0.0)
     return fits / fits.sum(-1, keepdim=True).clamp(min=1e-9)
 
 # %% ../../nbs/method/00_alignment.ipynb #20c347fb

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, linear, smooth_l1_loss
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-from ..model.fused import FusedConfig, FusedVLM
+from ..model.fused import FusedConfig, FusedVLM, inputs_of
 from ..scans.cameras import transform_points
 from ..scans.geometry import points_in_boxes
 from ..tasks.answers import gravity_frame

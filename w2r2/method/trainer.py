@@ -199,12 +199,16 @@ class W2R2Trainer(Trainer):
         self.packer = data_collator.packer
         change = Interventions(args.intervene, args.disturb, args.drop2d, args.drop3d, bins=self.packer.bins)
         super().__init__(model, args, data_collator, Epochs(train_dataset, args.seed, change), **kwargs)
-        self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the queries of the whole step
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
             self.heads = Reforming(model.config).to(args.device) if args.reform else None
+        self._begin()
+
+    def _begin(self):
+        "What `Trainer` does not know of the loss and of its log."
+        self.loss_is_scaled_for_ga = True  # `compute_loss` divides by all that the whole step asks
         self._calls, self._terms = 0, defaultdict(lambda: [0.0, 0])
-        if args.disable_tqdm:
+        if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
             logging.disable_progress_bar()  # of saving and loading
 

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .backbone import image_processor
 from ..scans.files import ScanNetError, regular_file
 from ..scans.scan import Scan
 
@@ -53,14 +54,7 @@ def frame_inputs(
         size = columns * token, rows * token
         seen = np.stack([Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in seen])
     own = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if vlm_config.model_type == "qwen3_vl" else {}
-    processor = Qwen2VLImageProcessorPil(
-        patch_size=vision.patch_size,
-        temporal_patch_size=vision.temporal_patch_size,
-        merge_size=vision.spatial_merge_size,
-        do_resize=False,
-        **own,
-    )
-    cut = processor(list(seen), return_tensors="pt")
+    cut = image_processor(vision, **own)(list(seen), return_tensors="pt")
     return {
         "pixel_values": cut["pixel_values"],
         "image_grid_thw": cut["image_grid_thw"],

@@ -83,10 +83,7 @@ def _encode_scene(
     model: FusedVLM, prepared: Prepared, row: int, noises: list[float], keep: int
 ) -> dict[str, np.ndarray]:
     torch.set_num_threads(1)
-    views = {
-        name: np.array(getattr(prepared, name)[row])
-        for name in ("color", "depth", "poses", "intrinsic_color", "intrinsic_depth")
-    }
+    views = prepared.views(row)
     f2d, geometry, chosen = encode_views(model, views, prepared.scenes[row], noises, keep)
     index = np.full(min(keep, len(f2d)), -1, np.int16)
     index[: len(chosen)] = chosen

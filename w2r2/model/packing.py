@@ -131,7 +131,7 @@ class Packer:
         place = positions(index, self.grid, len(self.before), len(self.after), candidates)
         start = int(place.max()) + 1 if place.numel() else 0
         ids, segment, labels, places = [*prefix], [PREFIX] * len(prefix), [-100] * len(prefix), [place]
-        pick = [False] * len(prefix)
+        pick, picks = [False] * len(prefix), scene.get("picks") or [False] * len(scene["queries"])
         for number, (prompt, answer) in enumerate(scene["queries"]):
             asked = [*prompt, *self.opening]
             told = [] if answer is None else [*answer, *self.closing]
@@ -139,7 +139,7 @@ class Packer:
             labels += [-100] * (len(asked) - 1) + (told or [-100])
             length = len(asked) + max(len(told) - 1, 0)
             segment += [number] * length
-            pick += [place == len(asked) - 1 and bool(candidates) and scene["picks"][number] for place in range(length)]
+            pick += [False] * (len(asked) - 1) + [picks[number]] + [False] * (length - len(asked))
             places.append(torch.arange(start, start + length).expand(3, -1))
         return *map(torch.tensor, (ids, segment, labels, pick)), torch.cat(places, 1)
 

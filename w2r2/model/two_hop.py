@@ -63,24 +63,24 @@ RANK = 6  # numbers of `ranks`
 
 def ranks(
     fit: torch.Tensor,  # (B, Q, C) share of each candidate in what the words fit
-    anchors: torch.Tensor,  # (B, Q, C) attention to anchors
+    anchors: torch.Tensor,  # (B, Q, K, C) attention to anchors
     boxes: torch.Tensor,  # (B, C, 6) [m], NaN = empty
     width: float = 0.15,  # how sharp a comparison is [m], [log m]
-) -> torch.Tensor:  # (B, Q, C, 6) in 0..1: farther, nearer, larger, smaller, higher, lower than those that fit
+) -> torch.Tensor:  # (B, Q, K, C, 6) in 0..1: farther, nearer, larger, smaller, higher, lower than those that fit
     "Which share of the fitting candidates each one beats."
     centre, sizes = boxes[..., :3].nan_to_num(0.0), boxes[..., 3:].nan_to_num(1.0).clamp(min=0.01)
     gaps = (centre[:, :, None] - centre[:, None])[..., :2].abs() - (sizes[:, :, None] + sizes[:, None])[..., :2] / 2
     far = (centre[:, :, None] - centre[:, None])[..., :2].norm(dim=-1) + gaps.clamp(min=0).norm(dim=-1)
-    far = torch.einsum("bqj,bij->bqi", anchors, far / 2)
-    others = fit[:, :, None] * (1 - torch.eye(boxes.shape[1], device=fit.device))  # (B, Q, i, k)
+    far = torch.einsum("bqkj,bij->bqki", anchors, far / 2)
+    others = (fit[:, :, None] * (1 - torch.eye(boxes.shape[1], device=fit.device)))[:, :, None]  # (B, Q, 1, i, other)
     total = others.sum(-1) + 1e-4
 
-    def beats(values):  # (B, Q, C) or (B, 1, C)
+    def beats(values):  # (B, Q or 1, K or 1, C)
         wins = ((values[..., :, None] - values[..., None, :]) / width).sigmoid()
         return (others * wins).sum(-1) / total
 
-    volume, height = sizes.log().sum(-1)[:, None], centre[..., 2][:, None]
-    wins = torch.stack([beats(far), beats(volume), beats(height)], -1)
+    volume, height = sizes.log().sum(-1)[:, None, None], centre[..., 2][:, None, None]  # the same for all anchors
+    wins = torch.stack(torch.broadcast_tensors(beats(far), beats(volume), beats(height)), -1)
     return torch.stack([wins, 1 - wins], -1).flatten(-2)
 
 # %% ../../nbs/model/11_two_hop.ipynb #14c98a2a
@@ -126,7 +126,7 @@ class TwoHop(nn.Module):
         there = boxes.isfinite().all(-1)
         scores = self.query(asked) @ self.key(candidates).mT * asked.shape[-1] ** -0.5
         if not shortcut.all():
-            second = self.second(asked, words, states, real, f2d, boxes.to(asked), there, scores)
+            second = self.second(words, states, real, f2d, boxes.to(asked), there, scores)
             scores = scores + second.masked_fill(shortcut[:, None, None], 0)
         return scores.masked_fill(~there[:, None], torch.finfo(scores.dtype).min / 4)
 
@@ -141,20 +141,17 @@ class TwoHop(nn.Module):
         match = (match * self.sharpness.exp()).masked_fill(~there[:, None, None], torch.finfo(both.dtype).min / 4)
         return match.softmax(-1), codes
 
-    def second(self, asked, words, states, real, f2d, boxes, there, scores):
+    def second(self, words, states, real, f2d, boxes, there, scores):
         "What the relations add to the score of each candidate."
         attention, codes = self.attend(words, states, real, f2d, there)
         phi = self.pairs(pair_features(boxes))
         fit = scores.detach().masked_fill(~there[:, None], torch.finfo(scores.dtype).min / 4)
         fit = (fit - fit.amax(-1, keepdim=True)).exp()  # 1 for the best, whatever there is beside it
-        added = 0.0
-        for hop, read in enumerate(self.read):
-            towards = attention[:, :, hop]
-            place = torch.einsum("bqj,bijd->bqid", towards, phi)
-            rank = ranks(fit, towards, boxes)
-            seen = torch.cat([place, rank, (rank - 1).div(0.15).exp()], -1)
-            added = added + (seen * read(codes[:, :, hop])[:, :, None]).sum(-1)
-        return added + self._between(attention, codes, boxes)
+        rank = ranks(fit, attention, boxes)
+        place = torch.einsum("bqkj,bijd->bqkid", attention, phi)
+        seen = torch.cat([place, rank, (rank - 1).div(0.15).exp()], -1)
+        wanted = torch.stack([read(code) for read, code in zip(self.read, codes.unbind(2))], 2)
+        return (seen * wanted[..., None, :]).sum((2, -1)) + self._between(attention, codes, boxes)
 
     def _between(self, attention, codes, boxes):
         "Where each candidate is between the anchors of the first two hops."

@@ -82,6 +82,11 @@ class Prepared:
         arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.glob("*.npy")}
         return cls(json.loads((folder / "scenes.json").read_text(encoding="utf-8")), **arrays)
 
+    def views(self, row: int) -> dict[str, np.ndarray]:
+        "What the views of one scene show and where they were taken, read into memory."
+        names = "color", "depth", "poses", "intrinsic_color", "intrinsic_depth"
+        return {name: np.array(getattr(self, name)[row]) for name in names}
+
 
 def prepare(
     root: str | Path,  # of a ScanNet release

@@ -33,7 +33,7 @@ from .diagnose import PASSES, displacements
 from .jobs import check_one_thread
 from .latent import latent_geometry, token_states
 from .predict import Predictions, answer
-from ..tasks.proposals import fuse, propose, refine
+from ..tasks.proposals import propose_views, refine
 from ..tasks.samples import read_scanqa, read_scanrefer
 
 # %% ../../nbs/study/07_evaluation.ipynb #649d93db
@@ -87,11 +87,7 @@ class Truth:
 
 # %% ../../nbs/study/07_evaluation.ipynb #8b756c77
 def _propose(prepared: Prepared, row: int) -> list[list[float]]:
-    parts = (
-        np.array(getattr(prepared, name)[row])
-        for name in ("depth", "color", "poses", "intrinsic_depth", "intrinsic_color")
-    )
-    return np.round(propose(*fuse(*parts)), 4).tolist()
+    return np.round(propose_views(prepared.views(row)), 4).tolist()
 
 
 def propose_all(

@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
-from ..model.fused import FusedVLM
+from ..model.fused import FusedVLM, inputs_of
 from ..model.packing import PREFIX
 
 # %% ../../nbs/study/02_latent.ipynb #1b8bf9ee

@@ -22,7 +22,7 @@ from ..model.scenes import Collator
 from ..scans.prepared import prepare_scan
 from ..scans.scan import Scan
 from ..scans.views import best_views, projected_areas
-from ..tasks.proposals import fuse, propose, refine
+from ..tasks.proposals import propose_views, refine
 
 # %% ../../nbs/study/00_predict.ipynb #07244aef
 def allowed(
@@ -239,10 +239,7 @@ def ground(
     boxes = _respond(model, scene, [{"task": 0, "text": text} for text in texts], blind, packer, tokenizer).boxes
     if not refined:
         return boxes
-    return refine(
-        boxes,
-        propose(*fuse(*(views[name] for name in ("depth", "color", "poses", "intrinsic_depth", "intrinsic_color")))),
-    )
+    return refine(boxes, propose_views(views))
 
 
 def ask(

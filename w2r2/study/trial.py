@@ -28,7 +28,7 @@ from .evaluation import Truth
 from .finetuning import finetune
 from .predict import answer
 from ..tasks.candidates import PLACES, Candidates, true_proposals
-from ..tasks.proposals import Proposals, fuse, propose
+from ..tasks.proposals import Proposals, propose_views
 
 # %% ../../nbs/study/09_trial.ipynb #3aff923b
 def _proposals(source: str, root: Path, prepared: Prepared, row: int) -> Proposals:
@@ -36,8 +36,7 @@ def _proposals(source: str, root: Path, prepared: Prepared, row: int) -> Proposa
     if source == "true":
         with Scan(root, prepared.scenes[row]) as scan:
             return true_proposals(scan)
-    names = ("depth", "color", "poses", "intrinsic_depth", "intrinsic_color")
-    boxes = propose(*fuse(*(np.array(getattr(prepared, name)[row]) for name in names)))
+    boxes = propose_views(prepared.views(row))
     return Proposals(boxes, [""] * len(boxes), np.ones(len(boxes)))
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CUTS', 'refine', 'Proposals', 'read_proposals', 'fuse', 'find_planes', 'voxel_graph', 'component_extents', 'distinct',
-           'wall_extents', 'propose', 'best_overlaps']
+           'wall_extents', 'propose', 'propose_views', 'best_overlaps']
 
 # %% ../../nbs/tasks/02_proposals.ipynb #bc632847
 import json
@@ -275,6 +275,14 @@ def propose(
     low, sizes = extents[:, :3], extents[:, 3:] - extents[:, :3]
     kept = (np.median(sizes, -1) > 0.15) & (sizes.max(-1) < 4)
     return distinct(np.c_[low + sizes / 2, sizes][kept])
+
+
+def propose_views(
+    views: dict[str, np.ndarray],  # of one scene, see `w2r2.scans.prepared.Prepared.views`
+) -> np.ndarray:  # (P, 6) boxes [m], largest first
+    "The proposals of the fused depth of all views of a scene."
+    names = "depth", "color", "poses", "intrinsic_depth", "intrinsic_color"
+    return propose(*fuse(*(views[name] for name in names)))
 
 # %% ../../nbs/tasks/02_proposals.ipynb #1aad01fa
 def best_overlaps(
