@@ -207,22 +207,22 @@ def run_describe(
     import numpy as np
 
     from w2r2.scans.scan import Scan
+    from w2r2.scans.views import choose_frames, object_views
     from w2r2.study import predict
-    from w2r2.tasks.samples import scene_views
 
     with Scan(root, scene) as scan, looking(scene):
         network, options = load_quietly(model, blind)
-        known = scene_views(scan.root, scan.scene_id, network.config.views)
+        known = object_views(scan, choose_frames(scan, network.config.views))
         for number in objects:
-            if number not in known.boxes:
+            if number not in known:
                 raise ValueError(f"{scene} has no object {number}; `w2r2 show {scene}` lists those it has")
-            if known.best[number] < 0:
+            if known[number][1] < 0:
                 raise ValueError(
                     f"{scene}: none of the {network.config.views} views that the model sees shows object {number}; "
                     f"describe another"
                 )
-        boxes, views = np.array([known.boxes[n] for n in objects]), [known.best[n] for n in objects]
-        captions = predict.describe(network, scan, boxes, views, **options)
+        boxes, views = zip(*(known[n] for n in objects))
+        captions = predict.describe(network, scan, np.array(boxes), views, **options)
         labels = dict(zip(scan.object_ids.tolist(), scan.labels))
     say([{"object": n, "label": labels[n], "caption": caption} for n, caption in zip(objects, captions)], as_json)
 
