@@ -270,6 +270,9 @@ def run_score(
     ] = None,
     k: Annotated[float, typer.Option(help="Scan2Cap: overlap that counts as found")] = 0.5,
     meteor: Annotated[bool, typer.Option("--meteor", help="also METEOR (needs Java)")] = False,
+    subset: Annotated[
+        str | None, typer.Option(help="scanrefer250: only the 250 queries of ScanRefer that training-free systems use")
+    ] = None,
     as_json: Json = False,
 ):
     "Score a prediction file under a published protocol."
@@ -277,7 +280,7 @@ def run_score(
 
     from w2r2.metrics.scoring import score as scored_by
 
-    scored = scored_by(predictions, benchmark.value, protocol, annotations, k, meteor)
+    scored = scored_by(predictions, benchmark.value, protocol, annotations, k, meteor, subset)
     print(scored.json()) if as_json else Console().print(scored.table())
 
 # %% ../nbs/03_cli.ipynb #0118a9f7
