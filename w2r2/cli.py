@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 import w2r2
 
@@ -341,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = complain
             return app(argv, standalone_mode=False) or 0
-    except typer.BadParameter.__base__ as error:  # every error in the use of the command
+    except TyperException as error:  # every error in the use of the command
         complain(error.format_message())
     except (ValueError, KeyError, OSError) as error:
         complain(error.args[0] if isinstance(error, KeyError) else error)

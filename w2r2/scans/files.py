@@ -75,6 +75,9 @@ def exclusive(
     try:
         yield
     finally:
+        Path(lock.lock_file).unlink(
+            missing_ok=True
+        )  # who has opened it meanwhile sees that it is gone, and starts over
         lock.release()
 
 # %% ../../nbs/scans/02_files.ipynb #d01bbc9d

@@ -359,13 +359,13 @@ def floor_rows(
 ):  # arm (name of the floor), seed, noise, split, task, metric, protocol, proposals, pass ("floor"), n, value
     "The floors of every split, in the shape of the results."
     known, rows = Path(features, "train"), []
-    train = Truth.read(root, "train", Features.open(known), Queries.open(known), (10**6,) * 3)
+    train = Truth.read(root, "train", Features.open(known, noises[0]), Queries.open(known), (10**6,) * 3)
     for split in dials["splits"]:
         data = Path(features, split)
         truth = Truth.read(
             root,
             split,
-            Features.open(data),
+            Features.open(data, noises[0]),
             Queries.open(data),
             dials["per_task"].get(split, dials["per_task"].get("other")),
         )
