@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 import w2r2
 
@@ -207,22 +208,22 @@ def run_describe(
     import numpy as np
 
     from w2r2.scans.scan import Scan
+    from w2r2.scans.views import choose_frames, object_views
     from w2r2.study import predict
-    from w2r2.tasks.samples import scene_views
 
     with Scan(root, scene) as scan, looking(scene):
         network, options = load_quietly(model, blind)
-        known = scene_views(scan.root, scan.scene_id, network.config.views)
+        known = object_views(scan, choose_frames(scan, network.config.views))
         for number in objects:
-            if number not in known.boxes:
+            if number not in known:
                 raise ValueError(f"{scene} has no object {number}; `w2r2 show {scene}` lists those it has")
-            if known.best[number] < 0:
+            if known[number][1] < 0:
                 raise ValueError(
                     f"{scene}: none of the {network.config.views} views that the model sees shows object {number}; "
                     f"describe another"
                 )
-        boxes, views = np.array([known.boxes[n] for n in objects]), [known.best[n] for n in objects]
-        captions = predict.describe(network, scan, boxes, views, **options)
+        boxes, views = zip(*(known[n] for n in objects))
+        captions = predict.describe(network, scan, np.array(boxes), views, **options)
         labels = dict(zip(scan.object_ids.tolist(), scan.labels))
     say([{"object": n, "label": labels[n], "caption": caption} for n, caption in zip(objects, captions)], as_json)
 
@@ -270,6 +271,9 @@ def run_score(
     ] = None,
     k: Annotated[float, typer.Option(help="Scan2Cap: overlap that counts as found")] = 0.5,
     meteor: Annotated[bool, typer.Option("--meteor", help="also METEOR (needs Java)")] = False,
+    subset: Annotated[
+        str | None, typer.Option(help="scanrefer250: only the 250 queries of ScanRefer that training-free systems use")
+    ] = None,
     as_json: Json = False,
 ):
     "Score a prediction file under a published protocol."
@@ -277,7 +281,7 @@ def run_score(
 
     from w2r2.metrics.scoring import score as scored_by
 
-    scored = scored_by(predictions, benchmark.value, protocol, annotations, k, meteor)
+    scored = scored_by(predictions, benchmark.value, protocol, annotations, k, meteor, subset)
     print(scored.json()) if as_json else Console().print(scored.table())
 
 # %% ../nbs/03_cli.ipynb #0118a9f7
@@ -338,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = complain
             return app(argv, standalone_mode=False) or 0
-    except typer.BadParameter.__base__ as error:  # every error in the use of the command
+    except TyperException as error:  # every error in the use of the command
         complain(error.format_message())
     except (ValueError, KeyError, OSError) as error:
         complain(error.args[0] if isinstance(error, KeyError) else error)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMAS', 'read_json', 'record_schema', 'compiled', 'check_records', 'Loaded', 'load_grounding', 'load_answers',
-           'load_predictions', 'remarks', 'pool', 'Row', 'Score', 'read_annotations', 'score']
+           'load_predictions', 'remarks', 'pool', 'Row', 'Score', 'read_annotations', 'keep_subset', 'score']
 
 # %% ../../nbs/metrics/07_scoring.ipynb #4d47404b
 import functools
@@ -23,7 +23,7 @@ from .accuracy import grounding_key
 from .dense_captions import object_key
 from .statistics import Measure
 from ..scans.files import ScanNetError, regular_file
-from ..tasks.samples import read_scanqa, read_scanrefer
+from ..tasks.samples import SUBSETS, published_subset, read_scanqa, read_scanrefer
 
 # %% ../../nbs/metrics/07_scoring.ipynb #aa581754
 def read_json(
@@ -330,6 +330,24 @@ def read_annotations(
     check_records(path, enumerate(records), "annotation")
     return (read_scanrefer(path)[0] if benchmark == "scan2cap" else records), []
 
+# %% ../../nbs/metrics/07_scoring.ipynb #cc95771a
+def keep_subset(
+    path: str | Path,  # named in the error
+    annotations: list[dict],  # ScanRefer's validation list, with descriptions
+    name: str,  # one of `w2r2.tasks.samples.SUBSETS`
+) -> tuple[list[dict], str]:  # the records of the subset, and a remark on those that are not there
+    "Raises `ValueError` for an unknown subset, `ScanNetError` for annotations that have none of it."
+    if name not in SUBSETS:
+        raise ValueError(f"no subset {name!r}; there is {', '.join(SUBSETS)}")
+    if lacking := [number for number, record in enumerate(annotations) if "description" not in record]:
+        raise ScanNetError(
+            path, f"record {lacking[0]}", "has no description", "Use ScanRefer's own records with a bbox"
+        )
+    kept, missing = published_subset(annotations, SUBSETS[name])
+    if not kept:
+        raise ScanNetError(path, "file", f"has no query of {name}", "Use ScanRefer's validation list")
+    return kept, f"Only the {len(kept)} of the {len(kept) + len(missing)} queries of {name} that the annotations have."
+
 # %% ../../nbs/metrics/07_scoring.ipynb #5e4be8a3
 def score(
     paths: list,  # prediction files, one for each run
@@ -338,12 +356,18 @@ def score(
     annotations: str | Path = None,  # annotation file, unless the prediction files bring the truth
     k: float = 0.5,  # Scan2Cap: overlap that counts as found
     with_meteor=False,  # also METEOR (Java)
+    subset: str | None = None,  # of ScanRefer, one of `w2r2.tasks.samples.SUBSETS`: score only its queries
     resamples: int = 10_000,  # bootstrap resamples
     rng=0,  # numpy Generator or seed
 ) -> Score:
     """Score prediction files; raises `ScanNetError` for malformed files, `ValueError` for anything else that does not
     fit."""
     known, said = (None, []) if annotations is None else read_annotations(annotations, benchmark, protocol)
+    if subset:
+        if benchmark != "scanrefer" or known is None:
+            raise ValueError(f"--subset {subset} is of ScanRefer's validation list: name that as the annotation file")
+        known, remark = keep_subset(annotations, known, subset)
+        said.append(remark)
     runs = []
     for path in paths:
         predictions, own = load_predictions(path, benchmark, protocol)
@@ -352,6 +376,9 @@ def score(
         if own is None and known is None:
             raise ValueError(f"{path} holds no annotations: name an annotation file for {benchmark}")
         truth = own if known is None else known
+        if subset:
+            chosen = set(map(grounding_key, truth))
+            predictions = [row for row in predictions if grounding_key(row) in chosen]
         said += [
             remark if len(paths) == 1 else f"{path}: {remark}"
             for remark in remarks(benchmark, protocol, predictions, truth)

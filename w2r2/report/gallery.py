@@ -28,6 +28,7 @@ from ..scans.pictures import broken_line, projected_edges, scan_figure
 from ..scans.scan import Scan
 from ..study.diagnose import PASSES, attention_figure, attention_maps
 from ..study.predict import answer
+from ..tasks.samples import Task
 
 # %% ../../nbs/report/08_gallery.ipynb #05403077
 def choose(
@@ -36,7 +37,7 @@ def choose(
     each: int = 3,  # objects in a scene
 ) -> np.ndarray:  # rows of `queries`
     "Descriptions to show; fewer where a scene has fewer objects."
-    seen = np.flatnonzero((queries.task == 0) & (queries.view >= 0) & (queries.scene < scenes))
+    seen = np.flatnonzero((queries.task == Task.scanrefer) & (queries.view >= 0) & (queries.scene < scenes))
     table = pd.DataFrame({"scene": queries.scene[seen], "object": queries.objects[seen], "row": seen}).drop_duplicates(
         ["scene", "object"]
     )

@@ -31,7 +31,6 @@ def read_results(
         regular_file(path),
         keep_default_na=False,
         na_values={c: [""] for c in ("noise", "lam", "mu", "steps", "seed", "n", "value")},
-        float_precision="round_trip",
     )
     remedy = "Write the file again with the evaluate stage"
     if missing := [c for c in COLUMNS if c not in frame]:

@@ -295,7 +295,7 @@ def judge_table(
 
 def _read_table(path: Path) -> pd.DataFrame:
     "Numbers; the index is a text that names the row."
-    wide = pd.read_csv(path, float_precision="round_trip")
+    wide = pd.read_csv(path)
     labels = [c for c in wide if c in RUN or c == "x" or not pd.api.types.is_numeric_dtype(wide[c])]
     names = [
         ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row if v == v)

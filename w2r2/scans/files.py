@@ -75,6 +75,8 @@ def exclusive(
     try:
         yield
     finally:
+        # whoever has opened it meanwhile sees that it is gone, and starts over
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 # %% ../../nbs/scans/02_files.ipynb #d01bbc9d

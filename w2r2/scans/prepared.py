@@ -7,7 +7,7 @@ __all__ = ['prepare_scan', 'Prepared', 'prepare']
 
 # %% ../../nbs/scans/09_prepared.ipynb #324b17dc
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from .annotations import read_split
 from .cameras import resize_intrinsic
-from .files import ScanNetError, atomic_write
+from .files import atomic_write
 from .scan import Scan
-from .views import uniform_views
+from .views import choose_frames, object_views
 
 # %% ../../nbs/scans/09_prepared.ipynb #e7d8ff9e
 def prepare_scan(
@@ -28,33 +28,31 @@ def prepare_scan(
     views: int,  # frames to keep
     color_size: tuple[int, int],  # width, height [pixels]
     depth_size: tuple[int, int],  # width, height [pixels]
-) -> dict[str, np.ndarray]:  # see `Prepared`
+) -> dict[str, np.ndarray]:  # color, depth, instance, poses, intrinsic_color, intrinsic_depth, frames; see `Prepared`
     "The views of one scan as arrays; raises `ScanNetError` if it has no frame with a pose."
     with Scan(root, scene_id) as scan:
-        valid = scan.frames.valid
-        if not len(valid):
-            raise ScanNetError(scan.folder, "recording", "no frame has a pose", "Leave the scan out of the split")
-        frames = scan.views(valid[uniform_views(len(valid), views)])
-        recorded = any(scan.file(suffix).is_file() for suffix in ("_2d-instance-filt.zip", "_2d-instance.zip"))
-        images = scan.instance_images if recorded else {}
-        header = scan.frames.header
-        arrays = {
-            "color": np.zeros((views, *color_size[::-1], 3), np.uint8),
-            "depth": np.zeros((views, *depth_size[::-1]), np.float32),
-            "instance": np.zeros((views, *color_size[::-1]), np.uint8),
-            "poses": np.full((views, 4, 4), np.nan),
-            "intrinsic_color": resize_intrinsic(scan.intrinsic_color, header.color_size, color_size),
-            "intrinsic_depth": resize_intrinsic(scan.intrinsic_depth, header.depth_size, depth_size),
-            "frames": np.full(views, -1),
-        }
-        for row, frame in enumerate(frames):
-            arrays["color"][row] = Image.fromarray(frame.color).resize(color_size, Image.Resampling.BICUBIC)
-            arrays["depth"][row] = Image.fromarray(frame.depth_metres).resize(depth_size, Image.Resampling.NEAREST)
-            arrays["poses"][row], arrays["frames"][row] = frame.pose, frame.index
-            if frame.index in images:
-                arrays["instance"][row] = Image.fromarray(images[frame.index]).resize(
-                    color_size, Image.Resampling.NEAREST
-                )
+        return _decode(scan, choose_frames(scan, views), views, color_size, depth_size)
+
+
+def _decode(scan: Scan, chosen: np.ndarray, views: int, color_size, depth_size) -> dict[str, np.ndarray]:
+    recorded = any(scan.file(suffix).is_file() for suffix in ("_2d-instance-filt.zip", "_2d-instance.zip"))
+    images = scan.instance_images if recorded else {}
+    header = scan.frames.header
+    arrays = {
+        "color": np.zeros((views, *color_size[::-1], 3), np.uint8),
+        "depth": np.zeros((views, *depth_size[::-1]), np.float32),
+        "instance": np.zeros((views, *color_size[::-1]), np.uint8),
+        "poses": np.full((views, 4, 4), np.nan),
+        "intrinsic_color": resize_intrinsic(scan.intrinsic_color, header.color_size, color_size),
+        "intrinsic_depth": resize_intrinsic(scan.intrinsic_depth, header.depth_size, depth_size),
+        "frames": np.full(views, -1),
+    }
+    for row, frame in enumerate(scan.views(chosen)):
+        arrays["color"][row] = Image.fromarray(frame.color).resize(color_size, Image.Resampling.BICUBIC)
+        arrays["depth"][row] = Image.fromarray(frame.depth_metres).resize(depth_size, Image.Resampling.NEAREST)
+        arrays["poses"][row], arrays["frames"][row] = frame.pose, frame.index
+        if frame.index in images:
+            arrays["instance"][row] = Image.fromarray(images[frame.index]).resize(color_size, Image.Resampling.NEAREST)
     return arrays
 
 # %% ../../nbs/scans/09_prepared.ipynb #bb6d9820
@@ -72,20 +70,62 @@ class Prepared:
     intrinsic_color: np.ndarray  # (S, 4, 4) [pixels]
     intrinsic_depth: np.ndarray  # (S, 4, 4) [pixels]
     frames: np.ndarray  # (S, V) frame number in the recording, -1 = no such view
+    objects: np.ndarray  # (S, M) int32 object ids, ascending, then -1 where a scene has fewer
+    boxes: np.ndarray  # (S, M, 6) float64 their boxes in the aligned frame [m], then NaN
+    best: np.ndarray  # (S, M) int16 the view that shows each best; -1 if none does
 
     @classmethod
     def open(cls, folder: str | Path) -> "Prepared":
-        "Open a prepared split without reading its arrays; raises `FileNotFoundError` saying how to make it."
+        """Open a prepared split without reading its arrays; raises `FileNotFoundError` for one that is not complete,
+        and ValueError for arrays that do not belong together, both saying how to make it."""
         folder = Path(folder)
-        if not (folder / "scenes.json").is_file():
-            raise FileNotFoundError(f"{folder}: not a prepared split; run `dvc repro prepare`")
-        arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.glob("*.npy")}
-        return cls(json.loads((folder / "scenes.json").read_text(encoding="utf-8")), **arrays)
+        names = [field.name for field in fields(cls) if field.name != "scenes"]
+        missing = [
+            name for name in ("scenes.json", *(f"{name}.npy" for name in names)) if not (folder / name).is_file()
+        ]
+        if missing:
+            raise FileNotFoundError(f"{folder}: no prepared split, {missing[0]} is missing; run `dvc repro prepare`")
+        scenes = json.loads((folder / "scenes.json").read_text(encoding="utf-8"))
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
+        for name, array in arrays.items():
+            if len(array) != len(scenes):
+                raise ValueError(
+                    f"{folder}: {name}.npy holds {len(array)} of {len(scenes)} scenes; run `dvc repro prepare`"
+                )
+        return cls(scenes, **arrays)
+
+    def object_views(self) -> dict[str, dict[int, tuple[np.ndarray, int]]]:
+        "Scene id -> the objects of the scene, as from `w2r2.scans.views.object_views`."
+        return {
+            scene: {int(i): (box, int(view)) for i, box, view in zip(*parts) if i >= 0}
+            for scene, *parts in zip(self.scenes, self.objects, self.boxes, self.best)
+        }
 
     def views(self, row: int) -> dict[str, np.ndarray]:
         "What the views of one scene show and where they were taken, read into memory."
         names = "color", "depth", "poses", "intrinsic_color", "intrinsic_depth"
         return {name: np.array(getattr(self, name)[row]) for name in names}
+
+
+def _prepare_scene(root, scene_id: str, views: int, color_size, depth_size, sampling: str) -> tuple[dict, dict]:
+    with Scan(root, scene_id) as scan:
+        chosen = choose_frames(scan, views, sampling)
+        return _decode(scan, chosen, views, color_size, depth_size), object_views(scan, chosen)
+
+
+def _pad_objects(scenes: list[dict[int, tuple[np.ndarray, int]]]) -> dict[str, np.ndarray]:
+    "What `object_views` told of each scene as arrays of one length."
+    shape = len(scenes), max(map(len, scenes), default=0)
+    arrays = {
+        "objects": np.full(shape, -1, np.int32),
+        "boxes": np.full((*shape, 6), np.nan),
+        "best": np.full(shape, -1, np.int16),
+    }
+    for row, shown in enumerate(scenes):
+        for place, (number, (box, view)) in enumerate(shown.items()):
+            for name, value in zip(arrays, (number, box, view)):
+                arrays[name][row, place] = value
+    return arrays
 
 
 def prepare(
@@ -96,16 +136,18 @@ def prepare(
     color_size: tuple[int, int],  # width, height [pixels]
     depth_size: tuple[int, int],  # width, height [pixels]
     workers: int = 1,  # processes, one thread each
+    sampling: str = "uniform",  # of frames, see `w2r2.scans.views.choose_frames`
 ) -> Prepared:
     "Decode the views of many scans into one array per kind. Raises `ScanNetError` for a damaged scan."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scenes.json").unlink(missing_ok=True)  # it is written last: a folder that has it is complete
     parts = Parallel(workers, return_as="generator")(
-        delayed(prepare_scan)(root, scene, views, color_size, depth_size) for scene in scenes
+        delayed(_prepare_scene)(root, scene, views, color_size, depth_size, sampling) for scene in scenes
     )
-    arrays = {}
-    for row, part in enumerate(tqdm(parts, f"views: {folder.name}", len(scenes), unit="scene")):
+    arrays, shown = {}, []
+    for row, (part, objects) in enumerate(tqdm(parts, f"views: {folder.name}", len(scenes), unit="scene")):
+        shown.append(objects)
         for name, array in part.items():
             if row == 0:
                 arrays[name] = np.lib.format.open_memmap(
@@ -114,6 +156,8 @@ def prepare(
             arrays[name][row] = array
     for array in arrays.values():
         array.flush()
+    for name, array in _pad_objects(shown).items():
+        np.save(folder / f"{name}.npy", array)
     with atomic_write(folder / "scenes.json") as file:
         file.write(json.dumps(scenes).encode())
     return Prepared.open(folder)

@@ -27,6 +27,7 @@ from ..scans.cameras import transform_points
 from ..scans.pictures import contact_sheet
 from .predict import answer
 from ..tasks.answers import gravity_frame, to_view
+from ..tasks.samples import Task
 
 # %% ../../nbs/study/01_diagnose.ipynb #3f90b3c1
 PASSES = {
@@ -39,7 +40,10 @@ PASSES = {
 
 def _grounding(scenes: Sequence[dict]) -> list[dict]:
     "The scenes with their ScanRefer queries only; raises ValueError if there are none."
-    kept = [{**scene, "queries": [query for query in scene["queries"] if query["task"] == 0]} for scene in scenes]
+    kept = [
+        {**scene, "queries": [query for query in scene["queries"] if query["task"] == Task.scanrefer]}
+        for scene in scenes
+    ]
     kept = [scene for scene in kept if scene["queries"]]
     if not kept:
         raise ValueError("no ScanRefer query in these scenes: there is no answer to diagnose")

@@ -22,7 +22,7 @@ from ..metrics.accuracy import unique_multiple
 from ..metrics.floors import class_boxes, language_prior, largest_object, question_prior, random_box, random_proposal
 from ..metrics.statistics import Measure
 from ..model.checkpoint import load
-from ..model.features import TASKS, Features, Queries
+from ..model.features import Features, Queries
 from ..model.fused import FusedVLM
 from ..model.packing import Packer
 from ..model.scenes import ask_all, scene_of
@@ -34,7 +34,7 @@ from .jobs import check_one_thread
 from .latent import latent_geometry, token_states
 from .predict import Predictions, answer
 from ..tasks.proposals import propose_views, refine
-from ..tasks.samples import read_scanqa, read_scanrefer
+from ..tasks.samples import TASKS, Task, captioned_objects, read_scanqa, read_scanrefer, record_id
 
 # %% ../../nbs/study/07_evaluation.ipynb #649d93db
 def sample(
@@ -73,16 +73,14 @@ class Truth:
         records, _ = read_scanrefer(root / "scanrefer" / f"ScanRefer_filtered_{split}.json", set(features.scenes))
         asked, _ = read_scanqa(root / "scanqa" / f"ScanQA_v1.0_{split}.json", set(features.scenes))
         flags = unique_multiple(records, LabelTable.read(root / "scannetv2-labels.combined.tsv").nyu40id)
-        described, objects = {}, {}
-        for record, flag in zip(records, flags):
-            place = f"{record['scene_id']}|{record['object_id']}|"
-            described[place + record["ann_id"]] = record | flag
-            objects.setdefault(place + record["object_name"], []).append(record)
-        for row in np.flatnonzero(queries.task == 0):
+        described = {record_id(Task.scanrefer, record): record | flag for record, flag in zip(records, flags)}
+        for row in np.flatnonzero(queries.task == Task.scanrefer):
             described[queries.ids[row]]["bbox"] = queries.boxes[row].tolist()
-        return cls(queries, rows, described, objects, {record["question_id"]: record for record in asked})
+        objects = {record_id(Task.scan2cap, item): item["annotations"] for item in captioned_objects(records)}
+        questions = {record_id(Task.scanqa, record): record for record in asked}
+        return cls(queries, rows, described, objects, questions)
 
-    def ids(self, task: int) -> list[str]:
+    def ids(self, task: Task) -> list[str]:
         return [self.queries.ids[row] for row in self.rows if self.queries.task[row] == task]
 
 # %% ../../nbs/study/07_evaluation.ipynb #8b756c77
@@ -127,7 +125,7 @@ def score_answers(
     "Every figure of one set of answers."
     queries, found = truth.queries, []
     answered = {int(number): place for place, number in enumerate(predictions.numbers)}
-    part = [[row for row in truth.rows if queries.task[row] == task] for task in range(len(TASKS))]
+    part = [[row for row in truth.rows if queries.task[row] == task] for task in Task]
     place = [np.array([answered[row] for row in rows], int) for rows in part]
 
     def measure(name, right, task):
@@ -136,7 +134,10 @@ def score_answers(
     def scene(row):
         return scenes[queries.scene[row]]
 
-    scenes = {int(queries.scene[row]): queries.ids[row].split("|")[0] for rows in part[:2] for row in rows}
+    about = [truth.described[queries.ids[row]] for row in part[0]] + [
+        truth.objects[queries.ids[row]][0] for row in part[1]
+    ]
+    scenes = {int(queries.scene[row]): record["scene_id"] for row, record in zip(part[0] + part[1], about)}
 
     if part[0]:
         records, boxes = [truth.described[queries.ids[row]] for row in part[0]], predictions.boxes[place[0]]
@@ -173,7 +174,7 @@ def score_answers(
             for m in measures("scan2cap", said, records, "scan2cap")
         ]
         named = [
-            queries.ids[row].split("|")[2].replace("_", " ") in predictions.texts[at]
+            truth.objects[queries.ids[row]][0]["object_name"].replace("_", " ") in predictions.texts[at]
             for row, at in zip(part[1], place[1])
         ]
         found.append(("scan2cap", "w2r2", "no", measure("class named", named, 1)))
@@ -317,7 +318,7 @@ def chance(
 ) -> dict[str, list[tuple[str, str, str, Measure]]]:  # name of the floor -> as from `score_answers`
     """Scores of answers that do not depend on what the scene looks like; nothing for a task that the sample does not
     have."""
-    prior, records = class_boxes(train), [truth.described[name] for name in truth.ids(0)]
+    prior, records = class_boxes(train), [truth.described[name] for name in truth.ids(Task.scanrefer)]
     boxes = {
         "random box": random_box(records, prior, proposals),
         "mean box of the class": language_prior(records, prior),
@@ -333,7 +334,7 @@ def chance(
         for name, given in boxes.items()
         if records
     }
-    questions = [truth.questions[name] for name in truth.ids(2)]
+    questions = [truth.questions[name] for name in truth.ids(Task.scanqa)]
     if not questions:
         return found
     answers = [
@@ -354,13 +355,13 @@ def floor_rows(
 ):  # arm (name of the floor), seed, noise, split, task, metric, protocol, proposals, pass ("floor"), n, value
     "The floors of every split, in the shape of the results."
     known, rows = Path(features, "train"), []
-    train = Truth.read(root, "train", Features.open(known), Queries.open(known), (10**6,) * 3)
+    train = Truth.read(root, "train", Features.open(known, noises[0]), Queries.open(known), (10**6,) * 3)
     for split in dials["splits"]:
         data = Path(features, split)
         truth = Truth.read(
             root,
             split,
-            Features.open(data),
+            Features.open(data, noises[0]),
             Queries.open(data),
             dials["per_task"].get(split, dials["per_task"].get("other")),
         )

@@ -23,6 +23,7 @@ from ..scans.prepared import prepare_scan
 from ..scans.scan import Scan
 from ..scans.views import best_views, projected_areas
 from ..tasks.proposals import propose_views, refine
+from ..tasks.samples import Task
 
 # %% ../../nbs/study/00_predict.ipynb #07244aef
 def allowed(
@@ -145,14 +146,16 @@ def answer(
             named = torch.full_like(tasks, -1)
             named[real] = torch.as_tensor(views[done : done + int(real.sum())]).to(named)
         picks, words = "candidate_boxes" in batch, model.vlm.lm_head.out_features
-        held = tasks == 0 if hold and not picks else None
+        held = tasks == Task.scanrefer if hold and not picks else None
         ids, own = decode(model, batch, packer, held, named, longest, **_BLIND[blind])
         ids, own, tasks, scene = ids[real], own[real], tasks[real], real.nonzero()[:, 0]
-        boxes, seen = read_boxes(ids.where((tasks == 0)[:, None], -1), batch["poses"][scene], packer)
+        boxes, seen = read_boxes(ids.where((tasks == Task.scanrefer)[:, None], -1), batch["poses"][scene], packer)
         if picks:
-            chosen = tasks == 0
+            chosen = tasks == Task.scanrefer
             boxes[chosen] = batch["candidate_boxes"][scene[chosen], ids[chosen, 0] - words].to(boxes)
-        parts.append((batch["numbers"][real], tasks, seen, boxes, own & ((tasks != 0) | (seen >= 0) | picks)))
+        parts.append(
+            (batch["numbers"][real], tasks, seen, boxes, own & ((tasks != Task.scanrefer) | (seen >= 0) | picks))
+        )
         texts += tokenizer.batch_decode([[token for token in row if 0 <= token < words] for row in ids.tolist()])
         done += len(ids)
     numbers, tasks, seen, boxes, own = (torch.cat(part).cpu().numpy() for part in zip(*parts))
@@ -236,7 +239,9 @@ def ground(
 ) -> np.ndarray:  # (n, 6) boxes in the aligned scan frame [m]
     "The boxes of the objects that the texts describe."
     scene, views = look(model, scan, **options)
-    boxes = _respond(model, scene, [{"task": 0, "text": text} for text in texts], blind, packer, tokenizer).boxes
+    boxes = _respond(
+        model, scene, [{"task": Task.scanrefer, "text": text} for text in texts], blind, packer, tokenizer
+    ).boxes
     if not refined:
         return boxes
     return refine(boxes, propose_views(views))
@@ -253,7 +258,9 @@ def ask(
 ) -> list[str]:
     "Answers to questions about a scan; further arguments as for `ground`."
     scene, _ = look(model, scan, **options)
-    return _respond(model, scene, [{"task": 2, "text": text} for text in questions], blind, packer, tokenizer).texts
+    return _respond(
+        model, scene, [{"task": Task.scanqa, "text": text} for text in questions], blind, packer, tokenizer
+    ).texts
 
 
 def describe(
@@ -282,7 +289,10 @@ def describe(
     return _respond(
         model,
         scene,
-        [{"task": 1, "view": int(view), "box": torch.as_tensor(box)} for view, box in zip(named, boxes, strict=True)],
+        [
+            {"task": Task.scan2cap, "view": int(view), "box": torch.as_tensor(box)}
+            for view, box in zip(named, boxes, strict=True)
+        ],
         blind,
         packer,
         tokenizer,

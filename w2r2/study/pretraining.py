@@ -31,7 +31,7 @@ from ..model.scenes import Collator, Scenes
 from ..rooms.layout import Item
 from .dense import DenseHeads, DenseLabels, dense_losses, mirror_labels
 from ..tasks.answers import Bins
-from ..tasks.samples import read_scanqa, read_scanrefer
+from ..tasks.samples import Task, read_scanqa, read_scanrefer
 
 # %% ../../nbs/study/04_pretraining.ipynb #dd56b8b9
 def texts(
@@ -303,7 +303,7 @@ class Lessons(Scenes):
         )  # 2: not the numbers that drew the queries
         share = self.shares[min(self.epoch, len(self.shares) - 1)]
         for query in drawn["queries"]:
-            if query["task"] == 0 and rng.random() < share:
+            if query["task"] == Task.scanrefer and rng.random() < share:
                 query["prompt"] = self.short[scene][self.queries.objects[query["number"]]][rng.integers(3)]
         return drawn
 
