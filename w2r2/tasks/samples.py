@@ -20,12 +20,9 @@ from pathlib import Path
 import fastjsonschema
 import numpy as np
 
-import w2r2
-from ..scans.cameras import back_project
 from ..scans.files import ScanNetError, regular_file
 from ..scans.scan import Scan
-from ..scans.views import best_views, coverage_views, projected_areas, uniform_views, visible_pixels
-from .answers import Bins, NineNumbers
+from ..shipped import DATA
 
 # %% ../../nbs/tasks/01_samples.ipynb #11755e38
 _SCENE = {"type": "string", "pattern": "^scene[0-9]{4}_[0-9]{2}$"}
@@ -183,7 +180,7 @@ def read_scanqa(
     )
 
 # %% ../../nbs/tasks/01_samples.ipynb #22163b8d
-SUBSET = Path(w2r2.__file__).parents[1] / "data" / "protocols" / "scanrefer250.json"
+SUBSET = DATA / "protocols" / "scanrefer250.json"
 
 
 def text_digest(text: str) -> str:
@@ -213,6 +210,9 @@ def choose_frames(
 ) -> np.ndarray:  # positions in `scan.frames`, increasing
     """Frames with a pose for a model to see; raises ValueError for an unknown sampling and `ScanNetError` for a scan
     without any."""
+    from w2r2.scans.cameras import back_project  # here, as below: who only reads records needs no torch
+    from w2r2.scans.views import coverage_views, uniform_views
+
     valid = scan.frames.valid
     if not len(valid):
         raise ScanNetError(scan.folder, "recording", "no frame has a pose", "Leave the scan out")
@@ -247,6 +247,8 @@ def scene_views(
     sampling: str = "uniform",  # see `choose_frames`
 ) -> SceneViews:
     "The views and objects of a scan; remembered, since many records share them."
+    from w2r2.scans.views import best_views, projected_areas, visible_pixels
+
     with Scan(root, scene_id) as scan:
         frames = choose_frames(scan, n, sampling)
         poses = scan.axis_alignment @ scan.frames.poses[frames]
@@ -308,10 +310,14 @@ class Samples:
         root: str | Path,  # of the ScanNet release that holds the scans
         views: int = 6,  # frames per scene
         sampling: str = "uniform",  # see `choose_frames`
-        codec: Bins | NineNumbers = Bins(),  # how boxes are said
+        codec=None,  # how boxes are said: a codec of `w2r2.tasks.answers`; None: `Bins()`
     ):
         if task not in PROMPTS:
             raise ValueError(f"no task {task!r}; there are {', '.join(PROMPTS)}")
+        if codec is None:
+            from w2r2.tasks.answers import Bins
+
+            codec = Bins()
         self.task, self.records, self.root, self.views, self.sampling, self.codec = (
             task,
             records,
