@@ -24,7 +24,7 @@ ifeq ($(ACTIVE),)
 	pip install --quiet --disable-pip-version-check -r requirements.lock
 	pip install --quiet --disable-pip-version-check --no-deps -e .
 else
-	@python -c 'import papermill, w2r2.engine, dvc, nbdev, pytest' 2>/dev/null || python -m pip install -e '.[pipeline,dev]'
+	@python -c 'import papermill, w2r2.engine, dvc, nbdev, pytest' 2>/dev/null || python -m pip install -e '.[models,pipeline,dev]'
 endif
 	@touch $@
 

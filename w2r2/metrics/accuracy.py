@@ -11,16 +11,15 @@ from collections import defaultdict
 
 import numpy as np
 import pandas as pd
-import torch
 
 from .statistics import Measure
-from ..scans.geometry import EPSILON, bounding_box, box_iou, box_iou_oriented
+from ..scans.overlap import EPSILON, aligned_iou
 
 # %% ../../nbs/metrics/01_accuracy.ipynb #4b5614f1
 def as_boxes(
     boxes: list,  # each: 6 numbers, 9 numbers, 8 corners of 3 numbers, or None
-) -> torch.Tensor:  # (n, 6), or (n, 9) if any box has nine numbers; NaN rows for None
-    "Boxes of a file as one float64 tensor; corners give the box that bounds them; `ValueError` for any other shape."
+) -> np.ndarray:  # (n, 6), or (n, 9) if any box has nine numbers; NaN rows for None
+    "Boxes of a file as one float64 array; corners give the box that bounds them; `ValueError` for any other shape."
     by_length = defaultdict(list)
     for i, box in enumerate(boxes):
         shape = () if box is None else np.shape(box)
@@ -30,12 +29,13 @@ def as_boxes(
             )
         if shape:
             by_length[len(box)].append(i)
-    rows = torch.full((len(boxes), 9 if 9 in by_length else 6), torch.nan, dtype=torch.float64)
+    rows = np.full((len(boxes), 9 if 9 in by_length else 6), np.nan)
     for length, where in by_length.items():
-        part = torch.from_numpy(np.array([boxes[i] for i in where], float))
+        part = np.array([boxes[i] for i in where], float)
         if length == 8:
-            part = bounding_box(part)
-        rows[where] = torch.nn.functional.pad(part, (0, rows.shape[1] - part.shape[1]))
+            low, high = part.min(1), part.max(1)
+            part = np.concatenate([(low + high) / 2, high - low], -1)
+        rows[where] = np.pad(part, ((0, 0), (0, rows.shape[1] - part.shape[1])))
     return rows
 
 # %% ../../nbs/metrics/01_accuracy.ipynb #380c14fe
@@ -55,13 +55,17 @@ def box_overlaps(
         )
     a, b = as_boxes(predicted), as_boxes(annotated)
     if protocol == "vgllm":
-        a, b = (torch.nn.functional.pad(boxes, (0, 9 - boxes.shape[1])) for boxes in (a, b))
-        iou = box_iou_oriented(a, b, EPSILON[protocol])
+        import torch  # only here: axis-aligned boxes are scored without it
+
+        from w2r2.scans.geometry import box_iou_oriented
+
+        a, b = (torch.from_numpy(np.pad(boxes, ((0, 0), (0, 9 - boxes.shape[1])))) for boxes in (a, b))
+        iou = box_iou_oriented(a, b, EPSILON[protocol]).numpy()
     elif 9 in (a.shape[1], b.shape[1]):
         raise ValueError(f"protocol {protocol!r} takes axis-aligned boxes of 6 numbers, not 9")
     else:
-        iou = box_iou(a, b, EPSILON[protocol])
-    return iou.nan_to_num(0).numpy()
+        iou = aligned_iou(a, b, EPSILON[protocol])
+    return np.nan_to_num(iou)
 
 # %% ../../nbs/metrics/01_accuracy.ipynb #72d394aa
 NYU17 = (

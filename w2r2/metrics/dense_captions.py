@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from scipy.optimize import linear_sum_assignment
 
 from .accuracy import as_boxes
 from .captions import NO_JAVA, bleu_score, caption_items, meteor
 from .statistics import Measure
-from ..scans.geometry import EPSILON, box_iou, match_one_to_one, to_min_max
+from ..scans.overlap import EPSILON, aligned_iou, bounds
 
 # %% ../../nbs/metrics/03_dense_captions.ipynb #8fa8cc37
 def marked(
@@ -81,10 +81,10 @@ def object_overlaps(
             raise ValueError(f"caption of {key}: needs 'iou' or 'box'")
         if boxes[key] is None:
             raise ValueError(f"annotation of {key}: needs 'bbox', because the prediction gives a box")
-    iou = box_iou(
+    iou = aligned_iou(
         as_boxes([predictions[key]["box"] for key in rest]), as_boxes([boxes[key] for key in rest]), EPSILON["scan2cap"]
     )
-    return found | dict(zip(rest, iou.nan_to_num(0).tolist()))
+    return found | dict(zip(rest, np.nan_to_num(iou).tolist()))
 
 # %% ../../nbs/metrics/03_dense_captions.ipynb #3cc71908
 def caption_corpus(
@@ -136,15 +136,14 @@ def caption_measures(
 
 # %% ../../nbs/metrics/03_dense_captions.ipynb #7b2e0931
 def giou_without_intersection(
-    a: torch.Tensor,  # (..., 6) boxes
-    b: torch.Tensor,  # (..., 6) boxes, broadcast against `a`
-) -> torch.Tensor:  # (...)
+    a: np.ndarray,  # (..., 6) boxes
+    b: np.ndarray,  # (..., 6) boxes, broadcast against `a`
+) -> np.ndarray:  # (...)
     "What the benchmark's script takes for the generalised IoU."
-    low = torch.minimum(to_min_max(a)[..., :3], to_min_max(b)[..., :3])
-    high = torch.maximum(to_min_max(a)[..., 3:], to_min_max(b)[..., 3:])
-    return ((a[..., 3:].prod(-1) + b[..., 3:].prod(-1)) / (high - low).prod(-1)).nan_to_num(
-        0
-    ) - 1  # 0 / 0: both boxes flat
+    (low_a, high_a), (low_b, high_b) = bounds(a), bounds(b)
+    enclosing = (np.maximum(high_a, high_b) - np.minimum(low_a, low_b)).prod(-1)
+    with np.errstate(invalid="ignore"):  # 0 / 0: both boxes flat
+        return np.nan_to_num((a[..., 3:].prod(-1) + b[..., 3:].prod(-1)) / enclosing) - 1
 
 # %% ../../nbs/metrics/03_dense_captions.ipynb #03858781
 def benchmark_corpus(
@@ -164,9 +163,9 @@ def benchmark_corpus(
             continue
         a, b = as_boxes([row["box"] for row in predictions[scene]]), as_boxes([boxes[key] for key in keys])
         partner = np.zeros(len(keys), int)  # prediction 0 where the matching leaves an object alone
-        matched = match_one_to_one(giou_without_intersection(a[:, None], b)).numpy()
-        partner[matched[matched >= 0]] = np.flatnonzero(matched >= 0)
-        overlap = box_iou(a[partner], b, EPSILON["scan2cap"])
+        matched, objects = linear_sum_assignment(giou_without_intersection(a[:, None], b), maximize=True)
+        partner[objects] = matched
+        overlap = aligned_iou(a[partner], b, EPSILON["scan2cap"])
         for key, p, value in zip(keys, partner, overlap.tolist()):
             candidates[key], iou[key] = [predictions[scene][p]["caption"]], value
     return references, candidates, np.array(list(iou.values()))

@@ -18,14 +18,14 @@ import pandas as pd
 import torch
 import yaml
 
-import w2r2
 from ..metrics.statistics import Difference, wilson
 from .results import contrast, in_points, select
 from ..scans.files import ScanNetError, regular_file
 from ..scans.geometry import box_iou
+from ..shipped import DATA
 
 # %% ../../nbs/report/04_claims.ipynb #55d6494b
-PAPER = Path(w2r2.__file__).parents[1] / "data" / "paper.yaml"
+PAPER = DATA / "paper.yaml"
 
 
 def read_paper(

@@ -17,12 +17,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-import w2r2
 from .results import cells, select
 from .tables import at_defaults
+from ..shipped import HOME
 
 # %% ../../nbs/report/05_figures.ipynb #05492ccb
-STYLE = Path(w2r2.__file__).parents[1] / "matplotlibrc"
+STYLE = HOME / "matplotlibrc"
 LINE_MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 

@@ -17,7 +17,6 @@ import yaml
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-import w2r2
 from ..code import code_digest
 from .language import ask_scene, describe_scene
 from .layout import Scene, generate
@@ -27,9 +26,10 @@ from ..scans.annotations import LabelTable, write_split
 from ..scans.files import atomic_write
 from ..scans.scan import Scan, objects_of_vertices, write_scan
 from ..scans.views import visible_pixels
+from ..shipped import DATA
 
 # %% ../../nbs/rooms/08_release.ipynb #b1558642
-RECIPES = Path(w2r2.__file__).parents[1] / "data" / "recipes"
+RECIPES = DATA / "recipes"
 
 
 @cache

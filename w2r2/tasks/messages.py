@@ -20,7 +20,7 @@ from ..scans.cameras import invert_rigid, transform_points
 from ..scans.scan import Scan
 from ..scans.views import choose_frames, object_views
 from .answers import NineNumbers
-from .samples import Sample, Task, captioned_objects, in_words, sample_of
+from .samples import Sample, Task, captioned_objects, sample_of
 
 # %% ../../nbs/tasks/04_messages.ipynb #8e4f8f62
 ANSWER_FORMAT = (
@@ -163,5 +163,4 @@ def _to_learn(sample: Sample, form: str, poses: np.ndarray) -> list[str]:
         return [text[:1].upper() + text[1:] for text in sample.references]
     if form == "video3d":
         return ["<ground>"]
-    answer = in_words(sample, poses, NineNumbers())[1]
-    return [] if answer is None else [answer]
+    return [] if sample.view < 0 else [NineNumbers().write(sample.view, sample.box, poses)]
