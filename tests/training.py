@@ -72,18 +72,18 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(folder: Path, name: str, settings: dict, kill: int = 0) -> W2R2Trainer:
-    "Train, from the last checkpoint if there is one."
+def resumable(folder: Path, args: W2R2Config, callbacks: list | None = None) -> W2R2Trainer:
+    "A trainer of a model that has learned nothing, on the scenes that `prepare` encoded."
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     collator = Collator(Packer.of(tokenizer, BINS))
+    scenes = Scenes(Features.open(folder), Queries.open(folder), per_task=(4, 1, 1))
+    return W2R2Trainer(fresh(tokenizer, collator.packer), args, scenes, collator, callbacks=callbacks)
+
+
+def train(folder: Path, name: str, settings: dict, kill: int = 0) -> W2R2Trainer:
+    "Train, from the last checkpoint if there is one."
     args = W2R2Config(str(folder / name), use_cpu=True, learning_rate=2e-3, **settings)
-    trainer = W2R2Trainer(
-        fresh(tokenizer, collator.packer),
-        args,
-        Scenes(Features.open(folder), Queries.open(folder), per_task=(4, 1, 1)),
-        collator,
-        callbacks=[Kill(kill)] if kill else None,
-    )
+    trainer = resumable(folder, args, [Kill(kill)] if kill else None)
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     return trainer
 

@@ -110,16 +110,9 @@ def load_quietly(
     blind: Hidden | None,
 ):
     "The model, and what the functions of `w2r2.study.predict` want to know besides."
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
     from w2r2.model.checkpoint import load
 
-    logging.disable_progress_bar()
-    try:
-        model, tokenizer, packer = load(folder)
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: the weights cannot be read ({error})") from None
+    model, tokenizer, packer = load(folder)
     return model, {"blind": blind and blind.value, "packer": packer, "tokenizer": tokenizer}
 
 

@@ -14,12 +14,13 @@ import torch
 from dvclive import Live
 from transformers import TrainerCallback
 
-from ..method.trainer import W2R2Config, W2R2Trainer, last_checkpoint
+from ..method.trainer import W2R2Config, W2R2Trainer, last_checkpoint, remove_checkpoint
 from ..model.checkpoint import load, save
 from ..model.features import Features, Queries
 from ..model.fused import add_picks
 from ..model.fusion import Fusion
 from ..model.scenes import Collator, Scenes, Shown
+from ..scans.files import settle
 from .jobs import check_one_thread
 from ..tasks.candidates import Candidates
 
@@ -95,6 +96,9 @@ def finetune(
     trainer = W2R2Trainer(model, args, scenes, Collator(packer), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     save(model, tokenizer, packer.bins, Path(folder, "model"))
+    settle(Path(folder, "model").iterdir())
     for checkpoint in Path(folder).glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+        remove_checkpoint(checkpoint)
+    for left in Path(folder).glob(".deleted-*"):  # of a run that was killed while it deleted
+        shutil.rmtree(left)
     return [row for row in trainer.state.log_history if "train_runtime" not in row]  # the last entry is about the clock

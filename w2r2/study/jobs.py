@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,8 +56,11 @@ class Job:
 
     @property
     def _result(self):
-        path = Path(self.folder) / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        try:
+            found = json.loads((Path(self.folder) / "result.json").read_bytes())
+        except (FileNotFoundError, ValueError, RecursionError):  # not there, or not whole: see `carry_out`
+            return None
+        return found if isinstance(found, dict) and {"settings", "result"} <= found.keys() else None
 
 # %% ../../nbs/study/05_jobs.ipynb #2a206add
 ENVIRONMENT = SWITCHES | {
@@ -96,9 +100,15 @@ def carry_out(
     with exclusive(folder):
         if job.finished:
             return
+        for part in folder.glob(".*.part"):  # of an attempt that was killed: nobody else is here
+            part.unlink()
+        path = folder / "result.json"
+        if path.is_file() and job._result is None:
+            path.replace(folder / "result.damaged")
+            warnings.warn(f"{path}: not whole; set aside as result.damaged, and done again", stacklevel=2)
         module, function = job.work.split(":")
         result = getattr(importlib.import_module(module), function)(job.settings, folder, tell)
-        with atomic_write(folder / "result.json") as file:
+        with atomic_write(folder / "result.json", durable=True) as file:
             file.write(json.dumps({"settings": job.settings, "result": result}).encode())
 
 
