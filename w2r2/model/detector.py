@@ -67,7 +67,9 @@ class Detector(nn.Module):
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder}: has no {name}; name the folder of a detector that was saved")
+                raise FileNotFoundError(
+                    f"{folder}: has no {name}; name the folder of a detector, such as data/rooms-detector"
+                )
         detector = cls(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
         detector.load_state_dict(load_file(folder / "model.safetensors"))
         return detector.eval()
@@ -77,8 +79,8 @@ class Detector(nn.Module):
         self,
         views: dict[str, np.ndarray],  # of one scene: `color`, `depth` [m], `poses`, intrinsics; `w2r2.scans.prepared`
         f2d: torch.Tensor,  # (V * patches, d) of all views from the frozen vision tower
-        most: int = 64,  # candidates
-        overlap: float = 0.5,  # IoU above which two candidates are one
+        most: int = 64,  # detections
+        overlap: float = 0.5,  # IoU above which two detections are one
     ) -> Proposals:  # best first
         "The objects of a scene; views without a pose are left out. Raises ValueError for a scene without depth."
         there = np.isfinite(views["poses"]).all((1, 2))
@@ -86,17 +88,17 @@ class Detector(nn.Module):
         parts = [torch.from_numpy(part)[None] for part in cell_pixels(seen)]
         cells = Cells(*parts, f2d.reshape(1, len(there), -1, f2d.shape[-1])[:, there])
         votes = self.voter(cells)[0]
-        boxes, known = gather_votes(votes, most)
+        boxes, known = gather_votes(votes, most + most // 2)  # some are suppressed below
         draws = torch.Generator().manual_seed(0)  # the same points of the same scene every time
         logits, score, boxes = self.judge(boxes, known, votes, Points.of(cells, 0), generator=draws)
         sure, label = logits[:, :-1].softmax(-1).max(-1)
         scores = score.sigmoid() * sure
-        kept = suppress(boxes, scores, overlap)
+        kept = suppress(boxes, scores, overlap)[:most]
         return Proposals(
             boxes[kept].double().numpy(), [self.names[place] for place in label[kept]], scores[kept].double().numpy()
         )
 
-# %% ../../nbs/model/15_detector.ipynb #0df5f0f3
+# %% ../../nbs/model/15_detector.ipynb #7d80e1e8
 def _detect(detector: Detector, tower: FusedVLM, prepared: Prepared, row: int) -> Proposals:
     torch.set_num_threads(1)
     names = ("color", "depth", "poses", "intrinsic_color", "intrinsic_depth")
