@@ -176,9 +176,8 @@ def point_surface(
 
 # %% ../../nbs/scans/16_import.ipynb #1851656e
 def _jpeg_frames(recording: PosedRecording, header: SensHeader, surfaces: list, show: int):
-    wanted = set(
-        np.linspace(0, len(recording.images) - 1, min(show, len(recording.images))).round().astype(int).tolist()
-    )
+    count = len(recording.images)
+    wanted = set(np.linspace(0, count - 1, min(show, count)).round().astype(int).tolist())
     small = tuple(max(2, round(side * min(1, 80 / header.depth_size[0]))) for side in header.depth_size)
     intrinsic = resize_intrinsic(header.intrinsic_depth, header.depth_size, small)
     for number, image in enumerate(tqdm(recording.images, desc="import", leave=False, disable=None)):
