@@ -160,7 +160,8 @@ def read_plan(
     params = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     params["w2r2"] |= {name: value for name, value in dials.items() if value is not None}
     code, train = file_digest(backbone), Path(features, "train")
-    shared = file_digest(*(file for file in train.iterdir() if not file.name.startswith("geometry_")))
+    kept = [file for file in sorted(train.iterdir()) if file.is_file() and "manifest" not in file.name]
+    shared = file_digest(*(file for file in kept if not file.name.startswith("geometry_")))
     noises = {noise for block in params["train"]["sets"][params["train"]["set"]] for noise in block["noise"]}
     inputs = {
         noise: "-".join(

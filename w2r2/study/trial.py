@@ -55,7 +55,8 @@ def gather_candidates(
     rows = Parallel(workers)(
         delayed(_proposals)(source, Path(root), prepared, row) for row in range(len(prepared.scenes))
     )
-    found = Candidates.collect(prepared.scenes, dict(zip(prepared.scenes, rows)).get, PLACES[source])
+    given = dict(zip(prepared.scenes, rows))
+    found = Candidates.collect(prepared.scenes, given.get, PLACES[source], {"views": prepared.digest})
     found.save(path)
     return found
 
