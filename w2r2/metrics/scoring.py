@@ -22,7 +22,7 @@ from . import PROTOCOLS, measures
 from .accuracy import grounding_key
 from .dense_captions import object_key
 from .statistics import Measure
-from ..scans.files import ScanNetError, regular_file
+from ..scans.files import ScanNetError, parse_json, regular_file
 from ..tasks.samples import SUBSETS, published_subset, read_scanqa, read_scanrefer
 
 # %% ../../nbs/metrics/07_scoring.ipynb #aa581754
@@ -31,20 +31,12 @@ def read_json(
 ):
     "The content of a JSON file, JSON lines as a list; raises `ScanNetError` naming the line that cannot be read."
     path = regular_file(path)
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON number")
-
-    def parse(text, where):
-        try:
-            return json.loads(text, parse_constant=refuse)
-        except (ValueError, RecursionError) as error:
-            raise ScanNetError(path, where, f"not JSON ({error})", "Export the file again") from None
-
     content = path.read_bytes()
     if path.suffix != ".jsonl":
-        return parse(content, "file")
-    return [parse(line, f"line {number}") for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+        return parse_json(content, path)
+    return [
+        parse_json(line, path, f"line {number}") for number, line in enumerate(content.splitlines(), 1) if line.strip()
+    ]
 
 # %% ../../nbs/metrics/07_scoring.ipynb #7b1c369f
 _ID, _TEXT = {"type": ["string", "integer"]}, {"type": "string"}

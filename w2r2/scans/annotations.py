@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .files import MAX_EXPANSION, SCENE_ID, ScanNetError, atomic_write, decode_image, regular_file
+from .files import MAX_EXPANSION, SCENE_ID, ScanNetError, atomic_write, decode_image, parse_json, regular_file
 
 # %% ../../nbs/scans/06_annotations.ipynb #5ccd91f9
 def read_text(
@@ -54,7 +54,11 @@ def read_scene_info(
             value = np.array(numbers).reshape(4, 4)
         elif len(numbers) == 1:
             value = int(value) if value.lstrip("-").isdecimal() and len(value) < 19 else numbers[0]
+        if key.strip() in info:
+            raise ScanNetError(path, f"line {number}", f"{key.strip()} is there twice")
         info[key.strip()] = value
+    if not info:
+        raise ScanNetError(path, "file", "is empty")
     return info
 
 
@@ -83,12 +87,7 @@ class Group:
 
 def _read_json(path, key: str) -> list:
     "The list under `key` of a JSON object."
-    try:
-        data = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ScanNetError):
-            raise
-        raise ScanNetError(path, "text", f"is no JSON ({str(error)[:80]})") from error
+    data = parse_json(regular_file(path).read_bytes(), path)
     if not isinstance(data, dict) or not isinstance(data.get(key), list):
         raise ScanNetError(path, key, "is missing or no list")
     return data[key]
@@ -244,12 +243,15 @@ class LabelTable:
         rows: Iterable[Mapping[str, str]],  # at least id, raw_category, nyu40id, nyu40class; numbers as text
         file: str | Path = "label table",  # named in errors
     ):
-        self.rows = list(rows)
+        self.rows, seen = list(rows), {}
         for number, row in enumerate(self.rows, 1):
             if not (
                 row["raw_category"] and all(row[key].isdecimal() and len(row[key]) < 6 for key in ("id", "nyu40id"))
             ):
                 raise ScanNetError(file, f"row {number}", "lacks a raw category, or its id or nyu40id is no number")
+            known = seen.setdefault(row["raw_category"], row)
+            if any(known[key] != row[key] for key in ("id", "nyu40id", "nyu40class")):
+                raise ScanNetError(file, f"row {number}", f"{row['raw_category']!r} is there twice, and differs")
         self.id = {row["raw_category"]: int(row["id"]) for row in self.rows}
         self.nyu40id = {row["raw_category"]: int(row["nyu40id"]) for row in self.rows}
         self.nyu40class = {row["raw_category"]: row["nyu40class"] for row in self.rows}
@@ -261,6 +263,8 @@ class LabelTable:
         missing = {"id", "raw_category", "nyu40id", "nyu40class"} - set(lines[0])
         if missing:
             raise ScanNetError(path, "line 1", f"has no column {', '.join(sorted(missing))}")
+        if len(set(lines[0])) < len(lines[0]):
+            raise ScanNetError(path, "line 1", "has one column twice")
         odd = next((number for number, line in enumerate(lines, 1) if len(line) != len(lines[0])), None)
         if odd is not None:
             raise ScanNetError(path, f"line {odd}", f"has {len(lines[odd - 1])} columns instead of {len(lines[0])}")

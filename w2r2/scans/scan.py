@@ -115,7 +115,9 @@ class Scan:
 
     @cached_property
     def axis_alignment(self) -> np.ndarray:
-        "(4, 4) float64, scan frame to aligned frame; identity where the file has none, as in test scans."
+        "(4, 4) float64, scan frame to aligned frame; identity where the file of a scan without annotations has none."
+        if "axisAlignment" not in self.info and self.file(".aggregation.json").is_file():
+            raise ScanNetError(self.file(".txt"), "axisAlignment", "is missing; without it no box would be aligned")
         matrix = self.info.get("axisAlignment", np.eye(4))
         if (
             np.shape(matrix) != (4, 4)

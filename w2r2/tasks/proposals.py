@@ -19,7 +19,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from ..scans.cameras import back_project, project
-from ..scans.files import ScanNetError, regular_file
+from ..scans.files import ScanNetError, parse_json, regular_file
 from ..scans.geometry import box_iou
 
 # %% ../../nbs/tasks/02_proposals.ipynb #4b7d5478
@@ -69,11 +69,9 @@ _PROPOSALS = fastjsonschema.compile(
 
 def _from_json(path: Path) -> tuple:
     try:
-        records = _PROPOSALS(json.loads(path.read_bytes()))
+        records = _PROPOSALS(parse_json(path.read_bytes(), path))
     except fastjsonschema.JsonSchemaValueException as error:
         raise ScanNetError(path, error.name, error.message.replace(error.name, "it", 1)) from None
-    except (ValueError, RecursionError) as error:
-        raise ScanNetError(path, "file", f"not JSON ({error})") from None
     return tuple([record.get(field, 1.0) for record in records] for field in ("bbox_3d", "target", "score"))
 
 

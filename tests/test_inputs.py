@@ -1,0 +1,71 @@
+"Input that once went through, took the memory or the time of the machine, or ended in a traceback."
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from w2r2.cli import main
+from w2r2.scans.annotations import LabelTable
+from w2r2.scans.files import ScanNetError
+
+DATA = Path(__file__).parents[1] / "data"
+SCENE = "scene9000_00"
+
+
+@pytest.fixture
+def release(tmp_path):
+    "A copy of the sample scenes."
+    return Path(shutil.copytree(DATA / "samples", tmp_path / "release"))
+
+
+def complaint(capsys, *command) -> str:
+    "What a command that refuses its input says: one line that names it."
+    assert main([str(word) for word in command]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and said.startswith(f"w2r2 {command[0]}: ")
+    return said
+
+
+def twice(path: Path, old: str, new: str):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, f"{old}{new}", 1))
+
+
+@pytest.mark.parametrize(
+    "suffix, change, said",
+    [
+        (".txt", lambda path: path.write_text(""), "is empty"),
+        (".txt", lambda path: path.write_text("sceneType = Office\n"), "axisAlignment: is missing"),
+        (".txt", lambda path: path.write_text(path.read_text() * 2), "is there twice"),
+        (".aggregation.json", lambda path: twice(path, "{", '"segGroups":[],'), "'segGroups' is there twice"),
+        (".aggregation.json", lambda path: twice(path, '"objectId":1', ',"objectId":7'), "'objectId' is there twice"),
+        ("_vh_clean_2.0.010000.segs.json", lambda path: twice(path, "{", '"segIndices":[0],'), "is there twice"),
+    ],
+)
+def test_frames_of_reference_and_keys_are_given_once(release, capsys, suffix, change, said):
+    path = release / "scans" / SCENE / f"{SCENE}{suffix}"
+    change(path)
+    assert said in complaint(capsys, "show", SCENE, "--root", release)
+
+
+def test_a_label_is_in_the_table_once(release):
+    path = release / "scannetv2-labels.combined.tsv"
+    lines = path.read_text().splitlines()
+    cells = lines[1].split("\t")
+    cells[4] = "39"
+    path.write_text("\n".join([*lines, "\t".join(cells)]) + "\n")
+    with pytest.raises(ScanNetError, match="there twice, and differs"):
+        LabelTable.read(path)
+
+
+def test_a_prediction_has_a_key_once(tmp_path, capsys):
+    row = '{"scene_id": "a", "object_id": 0, "ann_id": 0, "bbox": [0, 0, 0, 1, 1, 1]'
+    path, truth = tmp_path / "predictions.json", tmp_path / "truth.json"
+    path.write_text(f'[{row}, "bbox": [9, 9, 9, 1, 1, 1]}}]')
+    truth.write_text(f"[{row}}}]")
+    score = "score", path, "--benchmark", "scanrefer", "--protocol", "scanrefer", "--annotations", truth
+    assert "'bbox' is there twice" in complaint(capsys, *score)
+    assert json.loads(truth.read_text())
