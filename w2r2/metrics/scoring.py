@@ -8,6 +8,7 @@ __all__ = ['SCHEMAS', 'read_json', 'record_schema', 'compiled', 'check_records',
 
 # %% ../../nbs/metrics/07_scoring.ipynb #4d47404b
 import functools
+import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from . import PROTOCOLS, measures
 from .accuracy import grounding_key
 from .dense_captions import object_key
 from .statistics import Measure
-from ..scans.files import ScanNetError, parse_json, regular_file
+from ..scans.files import ScanNetError, check_weight, parse_json, regular_file
 from ..tasks.samples import SUBSETS, published_subset, read_scanqa, read_scanrefer
 
 # %% ../../nbs/metrics/07_scoring.ipynb #aa581754
@@ -34,8 +35,9 @@ def read_json(
     content = path.read_bytes()
     if path.suffix != ".jsonl":
         return parse_json(content, path)
+    check_weight(content, path)
     return [
-        parse_json(line, path, f"line {number}") for number, line in enumerate(content.splitlines(), 1) if line.strip()
+        parse_json(line, path, f"line {number}") for number, line in enumerate(io.BytesIO(content), 1) if line.strip()
     ]
 
 # %% ../../nbs/metrics/07_scoring.ipynb #7b1c369f

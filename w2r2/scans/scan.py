@@ -42,9 +42,9 @@ def vertex_objects(
     """Owner of each vertex: the last-listed object that contains its segment. Raises `ScanNetError` for a segment that
     no vertex has."""
     ids, segment = np.unique(segments, return_inverse=True)
-    owner = np.full(len(ids), -1, np.int64)
+    owner, known = np.full(len(ids), -1, np.int64), set(ids.tolist())
     for group in groups:
-        unknown = set(group.segments).difference(ids.tolist())
+        unknown = set(group.segments) - known
         if unknown:
             raise ScanNetError(
                 file,
