@@ -1,14 +1,20 @@
 "Input that once went through, took the memory or the time of the machine, or ended in a traceback."
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from w2r2.cli import main
+from w2r2.report.grids import write_table
 from w2r2.scans.annotations import LabelTable
 from w2r2.scans.files import ScanNetError
+from w2r2.scans.pictures import contact_sheet
+from w2r2.scans.scan import Scan
 
 DATA = Path(__file__).parents[1] / "data"
 SCENE = "scene9000_00"
@@ -69,3 +75,41 @@ def test_a_prediction_has_a_key_once(tmp_path, capsys):
     score = "score", path, "--benchmark", "scanrefer", "--protocol", "scanrefer", "--annotations", truth
     assert "'bbox' is there twice" in complaint(capsys, *score)
     assert json.loads(truth.read_text())
+
+
+STRANGE = "[/red]x \x1b[2J<b onclick=a()>|\n</script><script>b()</script> $\\frac"
+
+
+def test_text_from_predictions_reaches_the_terminal_as_text(tmp_path, capsys):
+    row = {"scene_id": "a", "object_id": 0, "ann_id": 0, "bbox": [0, 0, 0, 1, 1, 1]}
+    path, truth = tmp_path / "predictions.json", tmp_path / "truth.json"
+    path.write_text(json.dumps([row, row | {"scene_id": STRANGE}]))
+    truth.write_text(json.dumps([row]))
+    score = "score", str(path), "--benchmark", "scanrefer", "--protocol", "scanrefer", "--annotations", str(truth)
+    assert main(score) == 0
+    said = capsys.readouterr().out
+    assert "[/red]x" in said and "\x1b" not in said
+
+
+def test_labels_of_a_scan_are_shown_as_text(release, tmp_path, capsys):
+    path = release / "scans" / SCENE / f"{SCENE}.aggregation.json"
+    content = json.loads(path.read_text())
+    content["segGroups"][5]["label"] = STRANGE
+    path.write_text(json.dumps(content))
+    page = tmp_path / "<img src=x>.html"
+    assert main(["show", SCENE, "--root", str(release), "--html", str(page)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    text = page.read_text()
+    assert "<img src=x>" not in text and "<b onclick" not in text and "script>b()" not in text
+    with Scan(release, SCENE) as scan:
+        frames = scan.views([0])
+        color, pose = np.stack([frame.color for frame in frames]), np.stack([frame.pose for frame in frames])
+        contact_sheet(color, pose, scan.intrinsic_color, scan.boxes, scan.labels).canvas.draw()
+
+
+def test_a_table_keeps_its_rows(tmp_path):
+    frame = pd.DataFrame({"arm": [STRANGE, "a\\|b", "[a](javascript:b)"], "value": ["1", "2", "3"]})
+    write_table(frame, frame, tmp_path, "strange", "A caption.")
+    lines = (tmp_path / "strange.md").read_text().split("\n")
+    assert len(lines) == 8 and all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 3 for line in lines[2:7])
+    assert not re.search(r"<\w|\]\(", "\n".join(lines))

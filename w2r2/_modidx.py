@@ -1289,4 +1289,7 @@ d = { 'settings': { 'branch': 'main',
                                     'w2r2.tasks.samples.record_id': ('tasks/samples.html#record_id', 'w2r2/tasks/samples.py'),
                                     'w2r2.tasks.samples.sample_of': ('tasks/samples.html#sample_of', 'w2r2/tasks/samples.py'),
                                     'w2r2.tasks.samples.select_records': ('tasks/samples.html#select_records', 'w2r2/tasks/samples.py'),
-                                    'w2r2.tasks.samples.text_digest': ('tasks/samples.html#text_digest', 'w2r2/tasks/samples.py')}}}
+                                    'w2r2.tasks.samples.text_digest': ('tasks/samples.html#text_digest', 'w2r2/tasks/samples.py')},
+            'w2r2.text': { 'w2r2.text.html_text': ('text.html#html_text', 'w2r2/text.py'),
+                           'w2r2.text.markdown_cell': ('text.html#markdown_cell', 'w2r2/text.py'),
+                           'w2r2.text.printable': ('text.html#printable', 'w2r2/text.py')}}}

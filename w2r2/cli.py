@@ -20,6 +20,7 @@ import typer
 from typer.exceptions import TyperException
 
 from .shipped import DATA
+from .text import printable
 
 # %% ../nbs/03_cli.ipynb #1425a161
 app = typer.Typer(
@@ -90,7 +91,7 @@ def show(scene: SceneId, root: Root = DATA / "samples", html: Html = None, as_js
         return print(json.dumps(objects))
     print(f"{scene}: {len(objects)} objects; boxes are cx cy cz dx dy dz in metres")
     for o in objects:
-        print(f"{o['id']:4d}  {o['label']:<16}" + " ".join(f"{v:7.2f}" for v in o["box"]))
+        print(f"{o['id']:4d}  {printable(o['label']):<16}" + " ".join(f"{v:7.2f}" for v in o["box"]))
 
 # %% ../nbs/03_cli.ipynb #4e539caf
 LINE_COLORS = "#d35400", "#117a65", "#76448a", "#b7950b", "#111111"
@@ -127,7 +128,7 @@ def say(
         *asked, said = answer.values()
         if not isinstance(said, str):
             said = " ".join(f"{value:.2f}" for value in said) + "  (cx cy cz dx dy dz in metres)"
-        print(" ".join(map(str, asked)), f"  {said}", sep="\n")
+        print(printable(" ".join(map(str, asked))), printable(f"  {said}"), sep="\n")
 
 
 @app.command(
@@ -160,7 +161,7 @@ def run_ground(
         network, options = load_quietly(model, blind)
         boxes = predict.ground(network, scan, texts, refined, **options)
         if html:
-            lines = ["<br>".join(textwrap.wrap(text, 40)) for text in texts]
+            lines = [textwrap.fill(text, 40) for text in texts]
             colors = [LINE_COLORS[i % len(LINE_COLORS)] for i in range(len(lines))]
             write_page(scan, html, boxes=np.array(boxes), names=lines, texts=lines, line_colors=colors)
     say([{"text": text, "box": np.round(box, 3).tolist()} for text, box in zip(texts, boxes)], as_json)
@@ -293,6 +294,7 @@ def verdict(
     "Compare regenerated results with the committed ones."
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from w2r2.report.verdict import report_verdict, summary, write_verdict
 
@@ -312,11 +314,12 @@ def verdict(
             )
         )
     else:
-        table = Table(title="Reproduction verdict", caption=f"{reports / 'verdict.md'} says what moved most.")
+        said = printable(f"{reports / 'verdict.md'} says what moved most.")
+        table = Table(title="Reproduction verdict", caption=Text(said, "table.caption", justify="center"))
         for heading in counts:
             table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
         for row in counts.itertuples():
-            table.add_row(*map(str, row[1:]), end_section=row.Index == len(counts) - 2)
+            table.add_row(*map(Text, map(printable, row[1:])), end_section=row.Index == len(counts) - 2)
         Console().print(table)
         print(f"Mode {found.mode}: {found.why}. Statements: {', '.join(f'{n} {word}' for word, n in words.items())}.")
         print("Passed." if found.passed else "Failed.")
@@ -328,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     command = next((word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("-")), "")
 
     def complain(message, *_, **__):
-        print(" ".join(f"w2r2 {command}".split()) + f": {' '.join(str(message).split())}", file=sys.stderr)
+        print(" ".join(f"w2r2 {command}".split()) + f": {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
     try:
         with warnings.catch_warnings():

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import fastjsonschema
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from . import PROTOCOLS, measures
 from .accuracy import grounding_key
@@ -25,6 +26,7 @@ from .dense_captions import object_key
 from .statistics import Measure
 from ..scans.files import ScanNetError, check_weight, parse_json, regular_file
 from ..tasks.samples import SUBSETS, published_subset, read_scanqa, read_scanrefer
+from ..text import printable
 
 # %% ../../nbs/metrics/07_scoring.ipynb #aa581754
 def read_json(
@@ -293,7 +295,7 @@ class Score:
         )
         table = Table(
             title=f"{self.benchmark}, protocol {self.protocol}" + (f", IoU {self.k}" if self.k is not None else ""),
-            caption=caption,
+            caption=Text(printable(caption), "table.caption", justify="center"),  # no markup: it quotes keys of files
         )
         binomial = any(row.binomial for row in self.rows)
         for heading in ("figure", "value", "95 % interval") + ("binomial",) * binomial + ("n",):
