@@ -15,6 +15,8 @@ from w2r2.scans.annotations import LabelTable
 from w2r2.scans.files import ScanNetError
 from w2r2.scans.pictures import contact_sheet
 from w2r2.scans.scan import Scan
+from w2r2.tasks.proposals import read_proposals
+from w2r2.tasks.samples import read_scanrefer
 
 DATA = Path(__file__).parents[1] / "data"
 SCENE = "scene9000_00"
@@ -113,3 +115,56 @@ def test_a_table_keeps_its_rows(tmp_path):
     lines = (tmp_path / "strange.md").read_text().split("\n")
     assert len(lines) == 8 and all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 3 for line in lines[2:7])
     assert not re.search(r"<\w|\]\(", "\n".join(lines))
+
+
+@pytest.mark.parametrize("k", ["nan", "-3", "0", "1.5", "inf"])
+def test_an_overlap_that_is_none_is_refused(tmp_path, capsys, k):
+    path = tmp_path / "predictions.json"
+    path.write_text('{"a": {"caption": "a", "iou": 1}}')
+    score = "score", path, "--benchmark", "scan2cap", "--protocol", "scan2cap", "--annotations", path, "--k", k
+    assert "at most 1" in complaint(capsys, *score)
+
+
+@pytest.mark.parametrize("field", [3, 4, 5])
+def test_a_predicted_box_has_no_negative_size(tmp_path, capsys, field):
+    row = {"scene_id": "a", "object_id": 0, "ann_id": 0, "bbox": [0, 0, 0, 1, 1, 1]}
+    path, truth = tmp_path / "predictions.json", tmp_path / "truth.json"
+    truth.write_text(json.dumps([row]))
+    row["bbox"][field] = -1
+    path.write_text(json.dumps([row]))
+    score = "score", path, "--benchmark", "scanrefer", "--protocol", "scanrefer", "--annotations", truth
+    assert "record 0: bbox must be" in complaint(capsys, *score)
+
+
+def proposals(**changes) -> dict:
+    return {"ins_boxes": np.ones((6, 6)), "ins_labels": np.array(["a"] * 6), "ins_scores": np.ones(6)} | changes
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (proposals(ins_boxes=np.ones((6, 20))), r"shape \(6, 20\)"),  # the numbers of twenty boxes
+        (proposals(ins_boxes=np.ones((3, 12))), "shape|labels"),
+        (proposals(ins_boxes=np.ones((6, 6)) + 1j), "complex"),
+        (proposals(ins_scores=np.ones(6) + 1j), "complex"),
+        (proposals(ins_scores=np.ones((2, 3))), "2 dimensions where 1"),
+        (proposals(ins_boxes=-np.ones((6, 6))), "negative size"),
+        (proposals(ins_boxes=np.full((6, 6), 1e30)), "beyond a million"),
+        (proposals(ins_boxes=np.array([["1"] * 6] * 6)), "kind fiu"),
+        (proposals(ins_labels=np.array([b"a"] * 6)), "S1"),
+    ],
+)
+def test_proposals_are_boxes(tmp_path, content, said):
+    np.savez(tmp_path / "proposals.npz", **content)
+    with pytest.raises(ScanNetError, match=said):
+        read_proposals(tmp_path / "proposals.npz")
+
+
+def test_half_characters_are_refused(release, tmp_path, capsys):
+    assert "half a character" in complaint(capsys, "ground", SCENE, "the red chair \udc80", "--root", release)
+    path = release / "scanrefer/ScanRefer_filtered_samples.json"
+    records = json.loads(path.read_text())
+    records[0]["description"] += "\ud800"
+    path.write_text(json.dumps(records))
+    with pytest.raises(ScanNetError, match="surrogates not allowed"):
+        read_scanrefer(path)

@@ -226,7 +226,7 @@ def rooms(
     root: Annotated[Path | None, typer.Argument(help="folder of the release; created if missing")] = None,
     split: Annotated[str, typer.Option(help="a split of data/recipes/splits.yaml")] = "val",
     share: Annotated[float, typer.Option(help="share of its scenes")] = 1.0,
-    workers: Annotated[int, typer.Option(help="processes")] = 1,
+    workers: Annotated[int, typer.Option(help="processes", min=1)] = 1,
     only_list: Annotated[bool, typer.Option("--list", help="list the splits and stop")] = False,
 ):
     "Build the embedded benchmark as a ScanNet release."

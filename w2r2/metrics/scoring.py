@@ -46,14 +46,15 @@ def read_json(
 _ID, _TEXT = {"type": ["string", "integer"]}, {"type": "string"}
 
 
-def _many(n: int, items: dict) -> dict:
+def _many(n: int, items: dict | list) -> dict:
     return {"type": "array", "minItems": n, "maxItems": n, "items": items}
 
 
 _NUMBER = {"type": "number", "minimum": -1e6, "maximum": 1e6}
+_SIZES = [_NUMBER] * 3 + [_NUMBER | {"minimum": 0}] * 3
 _BOX = {
-    "description": "6 or 9 numbers, or 8 corners of 3 numbers, within a million metres",
-    "anyOf": [_many(6, _NUMBER), _many(9, _NUMBER), _many(8, _many(3, _NUMBER))],
+    "description": "6 or 9 numbers with sizes that are not negative, or 8 corners of 3 numbers, within a million metres",
+    "anyOf": [_many(6, _SIZES), _many(9, _SIZES + [_NUMBER] * 3), _many(8, _many(3, _NUMBER))],
 }
 _ANSWER = {"description": _BOX["description"] + ", or null", "anyOf": [{"type": "null"}, *_BOX["anyOf"]]}
 _FLAG = {"description": "0 or 1", "enum": [0, 1]}
@@ -358,6 +359,8 @@ def score(
 ) -> Score:
     """Score prediction files; raises `ScanNetError` for malformed files, `ValueError` for anything else that does not
     fit."""
+    if not 0 < k <= 1:
+        raise ValueError(f"k {k}: the overlap that counts as found is above 0 and at most 1")
     known, said = (None, []) if annotations is None else read_annotations(annotations, benchmark, protocol)
     if subset:
         if benchmark != "scanrefer" or known is None:

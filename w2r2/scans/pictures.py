@@ -201,8 +201,6 @@ def save_page(
     "Write an interactive figure as a page that needs no network."
     path, place = Path(path), re.sub(r"[^\w-]", "_", Path(path).stem, flags=re.ASCII)  # a name may hold a tag
     page = go.Figure(figure).update_layout(height=None, autosize=True)
-    page.write_html(
-        path, include_plotlyjs=plotly, div_id=place, default_height="100vh", config={"responsive": True}
-    )
+    page.write_html(path, include_plotlyjs=plotly, div_id=place, default_height="100vh", config={"responsive": True})
     head = '<head><meta name="viewport" content="width=device-width"><style>body {margin: 0}</style>'
     path.write_text(path.read_text(encoding="utf-8").replace("<head>", head, 1), encoding="utf-8")
