@@ -53,7 +53,7 @@ def _many(n: int, items: dict | list) -> dict:
 _NUMBER = {"type": "number", "minimum": -1e6, "maximum": 1e6}
 _SIZES = [_NUMBER] * 3 + [_NUMBER | {"minimum": 0}] * 3
 _BOX = {
-    "description": "6 or 9 numbers with sizes that are not negative, or 8 corners of 3 numbers, within a million metres",
+    "description": "6 or 9 numbers, no size negative, or 8 corners of 3 numbers, within a million metres",
     "anyOf": [_many(6, _SIZES), _many(9, _SIZES + [_NUMBER] * 3), _many(8, _many(3, _NUMBER))],
 }
 _ANSWER = {"description": _BOX["description"] + ", or null", "anyOf": [{"type": "null"}, *_BOX["anyOf"]]}

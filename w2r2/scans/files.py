@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCENE_ID', 'MAX_SIDE', 'MAX_PIXELS', 'MAX_SCANS', 'MAX_NOTES', 'MAX_EXPANSION', 'ScanNetError', 'regular_file',
-           'check_weight', 'parse_json', 'settle', 'atomic_write', 'exclusive', 'inside', 'scene_folder', 'open_image',
-           'decode_image']
+           'check_weight', 'parse_json', 'settle', 'naming', 'atomic_write', 'exclusive', 'inside', 'scene_folder',
+           'open_image', 'decode_image']
 
 # %% ../../nbs/scans/02_files.ipynb #22546d2d
 import contextlib
@@ -110,6 +110,19 @@ def settle(
 
 
 @contextlib.contextmanager
+def naming(
+    path: str | Path,  # what is written
+):
+    "An `OSError` within the block says what was written; a full disk does not by itself."
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(
     path: str | Path,  # appears, or is replaced, when the block ends without an error
     durable: bool = False,  # and not before the disk has it, which takes milliseconds: for what is expensive to lose
@@ -119,7 +132,7 @@ def atomic_write(
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
+        with naming(path), open(part, "wb") as file:
             yield file
             if durable:
                 file.flush()

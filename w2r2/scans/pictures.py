@@ -15,8 +15,10 @@ import plotly.graph_objects as go
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from plotly.offline import get_plotlyjs
 
 from .cameras import project
+from .files import atomic_write
 from .geometry import EDGES, box_corners
 from .scan import Scan
 from ..text import html_text
@@ -201,6 +203,11 @@ def save_page(
     "Write an interactive figure as a page that needs no network."
     path, place = Path(path), re.sub(r"[^\w-]", "_", Path(path).stem, flags=re.ASCII)  # a name may hold a tag
     page = go.Figure(figure).update_layout(height=None, autosize=True)
-    page.write_html(path, include_plotlyjs=plotly, div_id=place, default_height="100vh", config={"responsive": True})
+    text = page.to_html(include_plotlyjs=plotly, div_id=place, default_height="100vh", config={"responsive": True})
+    script = path.with_name("plotly.min.js")
+    if plotly == "directory" and not script.is_file():
+        with atomic_write(script) as file:
+            file.write(get_plotlyjs().encode())
     head = '<head><meta name="viewport" content="width=device-width"><style>body {margin: 0}</style>'
-    path.write_text(path.read_text(encoding="utf-8").replace("<head>", head, 1), encoding="utf-8")
+    with atomic_write(path) as file:
+        file.write(text.replace("<head>", head, 1).encode())

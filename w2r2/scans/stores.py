@@ -19,7 +19,7 @@ from pathlib import Path
 import fastjsonschema
 import numpy as np
 
-from .files import ScanNetError, atomic_write, parse_json, settle
+from .files import ScanNetError, atomic_write, naming, parse_json, settle
 
 # %% ../../nbs/scans/12_stores.ipynb #70446654
 MANIFEST = "manifest.json"
@@ -222,7 +222,8 @@ def write_store(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
-        yield part
+        with naming(folder):
+            yield part
         names = sorted(file.name for file in part.iterdir())
         seal(part, names, made_from, manifest)
         old = {}
