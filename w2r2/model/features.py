@@ -57,6 +57,7 @@ class Features:
         folder: str | Path,
         noise: float = 0.0,  # level of `w2r2.model.encoders.reconstruct` of the geometry to use
         prepared: Prepared | None = None,  # views that they must have been made from; None: do not ask
+        digest: bool = False,  # read all of it once, for a use that takes far longer than that
     ) -> "Features":
         """Open what `encode` wrote; raises `FileNotFoundError` for what is not there and `ScanNetError` for what is not
         what `encode` wrote, both saying how to make it."""
@@ -68,7 +69,7 @@ class Features:
             )
         if prepared is not None:
             check_sources(Path(folder), content, {"views": prepared.digest}, _REMEDY)
-        arrays = open_arrays(folder, ["f2d", "visual_index", "poses", level], content, _REMEDY)
+        arrays = open_arrays(folder, ["f2d", "visual_index", "poses", level], content, _REMEDY, digest)
         scenes = read_scenes(folder, content, arrays, _REMEDY)
         return cls(scenes, geometry=arrays.pop(level), **arrays, made_from=content["made_from"])
 

@@ -189,8 +189,11 @@ class LabelImages(Mapping):
         self.size = size
         self.path = Path(path)
         with open_zip(self.path) as archive:
-            names = [re.fullmatch(r"(?:[\w-]+/)?([0-9]{1,9})\.png", name) for name in archive.namelist()]
-        found = sorted((int(match[1]), match[0]) for match in names if match)
+            names = [name for name in archive.namelist() if name.lower().endswith(".png")]
+        matches = [re.fullmatch(r"(?:[\w-]+/)?([0-9]{1,9})\.png", name) for name in names]
+        if None in matches:
+            raise ScanNetError(path, "names", f"{names[matches.index(None)][:60]!r} is no name of a numbered PNG image")
+        found = sorted((int(match[1]), match[0]) for match in matches)
         self._names = dict(found)
         if not found:
             raise ScanNetError(path, "names", "holds no numbered PNG images")

@@ -64,7 +64,8 @@ def read_member(
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others unpack without a bound
         raise ScanNetError(archive.filename, name, f"compression {info.compress_type} is not read", remedy)
     try:
-        return archive.read(info)
+        with archive.open(info) as member:  # `ZipFile.read` unpacks first and looks at the claim afterwards
+            return member.read(info.file_size + 1)
     except Exception as error:  # as above, and zlib's
         raise ScanNetError(archive.filename, name, f"is damaged ({error})", remedy) from None
 
