@@ -453,7 +453,7 @@ def make(folder: Path) -> list[Target]:
         scan / f"{SCENE}_vh_clean_2.ply",
         "0.ply",
         lambda p: read_mesh(p.parent),
-        by_place(ply_places),
+        ply_touched,
         [on_bytes, ply_header],
     )
     one(

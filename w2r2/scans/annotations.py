@@ -189,7 +189,7 @@ class LabelImages(Mapping):
         self.size = size
         self.path = Path(path)
         with open_zip(self.path) as archive:
-            names = [name for name in archive.namelist() if name.lower().endswith(".png")]
+            names = [name for name in archive.namelist() if not name.endswith("/")]
         matches = [re.fullmatch(r"(?:[\w-]+/)?([0-9]{1,9})\.png", name) for name in names]
         if None in matches:
             raise ScanNetError(path, "names", f"{names[matches.index(None)][:60]!r} is no name of a numbered PNG image")

@@ -90,7 +90,9 @@ def finetune(
     if source := run.pop("candidates", None):
         add_picks(model)
         shown = Shown.tokenised(Candidates.open(train / f"candidates_{source}.npz"), tokenizer)
-    scenes = Scenes(Features.open(train, noise, digest=True), Queries.open(train), per_task, run["seed"], candidates=shown)
+    scenes = Scenes(
+        Features.open(train, noise, digest=True), Queries.open(train), per_task, run["seed"], candidates=shown
+    )
     args = W2R2Config(str(folder), max_steps=steps, save_total_limit=1, **run)
     callbacks = [Progress(tell), Curves(Path(folder, "live")), *watching]
     trainer = W2R2Trainer(model, args, scenes, Collator(packer), callbacks=callbacks)
