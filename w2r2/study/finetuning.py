@@ -91,7 +91,7 @@ def finetune(
         model.config.zero,
     )
     train, shown, callbacks = Path(settings["features"], "train"), None, [Progress(tell), Curves(Path(folder, "live"))]
-    features, queries = Features.open(train, noise), Queries.open(train)
+    features, queries = Features.open(train, noise, digest=True), Queries.open(train)
     rows = None
     if regime := run.pop("regime", None):
         rows = training_rows(regime, queries, np.load(train / "cue.npy") if regime == "biased" else None)
