@@ -39,6 +39,7 @@ class FusedConfig(PreTrainedConfig):
     views: int = 6
     embedding_additions: bool = False  # see `Additions`
     candidates: bool = False  # is shown candidate boxes, and answers descriptions by picking one
+    hops: int = 3  # of the relations that a pick reads, see `w2r2.model.two_hop.TwoHop`
     answer_token_id: int | None = None  # the next three are needed by the additions
     first_bin: int | None = None  # id of the first token of `w2r2.tasks.answers.Bins`
 
@@ -147,7 +148,7 @@ class FusedVLM(PreTrainedModel):
         )
         self.additions = Additions(config) if config.embedding_additions else None
         self.candidate_tokens = CandidateTokens(config.text_config.hidden_size) if config.candidates else None
-        self.two_hop = TwoHop(config.text_config.hidden_size) if config.candidates else None
+        self.two_hop = TwoHop(config.text_config.hidden_size, config.hops) if config.candidates else None
         self.post_init()
         self.freeze()
 
@@ -337,8 +338,11 @@ class FusedVLM(PreTrainedModel):
         return FusedOutput(logits, hidden, output.past_key_values, output.hidden_states, output.attentions)
 
 # %% ../../nbs/model/04_fused.ipynb #c0a1b2e2
-def add_picks(model: FusedVLM):
+def add_picks(
+    model: FusedVLM,
+    hops: int = 3,  # see `w2r2.model.two_hop.TwoHop`
+):
     "Let a model answer descriptions by picking a candidate; the parts for it are untrained."
     hidden = model.config.text_config.hidden_size
-    model.config.candidates = True
-    model.candidate_tokens, model.two_hop = CandidateTokens(hidden), TwoHop(hidden)
+    model.config.candidates, model.config.hops = True, hops
+    model.candidate_tokens, model.two_hop = CandidateTokens(hidden), TwoHop(hidden, hops)

@@ -90,7 +90,7 @@ class TwoHop(nn.Module):
     def __init__(
         self,
         hidden: int,
-        hops: int = 3,  # K
+        hops: int = 3,  # K; 0: the first hop alone, as in Video-3D LLM
         pair: int = 24,  # width of phi
     ):
         super().__init__()
@@ -99,6 +99,8 @@ class TwoHop(nn.Module):
         for layer in (self.query, self.key):
             nn.init.eye_(layer.weight)
             nn.init.zeros_(layer.bias)
+        if not hops:
+            return
         self.words = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.GELU(), nn.Linear(hidden, 2 * hops))
         self.anchor, self.seen = nn.Linear(hidden, hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
         for layer in (self.anchor, self.seen):
@@ -125,7 +127,7 @@ class TwoHop(nn.Module):
         "Logits of a pick."
         there = boxes.isfinite().all(-1)
         scores = self.query(asked) @ self.key(candidates).mT * asked.shape[-1] ** -0.5
-        if not shortcut.all():
+        if self.hops and not shortcut.all():
             second = self.second(words, states, real, f2d, boxes.to(asked), there, scores)
             scores = scores + second.masked_fill(shortcut[:, None, None], 0)
         return scores.masked_fill(~there[:, None], torch.finfo(scores.dtype).min / 4)

@@ -96,7 +96,7 @@ def finetune(
     if regime := run.pop("regime", None):
         rows = training_rows(regime, queries, np.load(train / "cue.npy") if regime == "biased" else None)
     if source := run.pop("candidates", None):
-        add_picks(model)
+        add_picks(model, run.pop("hops", 3))
         shown = Shown.tokenised(Candidates.open(train / f"candidates_{source}.npz"), tokenizer)
         if root := settings.get("root"):
             asked = Asked(root, settings["features"], "val", noise, source, tokenizer, 8, 65)
