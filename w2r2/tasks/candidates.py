@@ -31,7 +31,7 @@ def true_proposals(scan: Scan) -> Proposals:
     return Proposals(boxes, [""] * len(boxes), np.ones(len(boxes)))
 
 # %% ../../nbs/tasks/03_candidates.ipynb #01f4a606
-_REMEDY = "Collect them with `w2r2.study.trial.gather_candidates`"
+_REMEDY = "Collect them with `w2r2.study.watch.gather_candidates`"
 _ARRAYS = {"scenes": ("U", 1), "labels": ("U", 1), "boxes": ("f", 3), "label": ("i", 2), "scores": ("f", 2)}
 
 
