@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export MATPLOTLIBRC := $(CURDIR)/matplotlibrc
 
 .DEFAULT_GOAL := help
-.PHONY: help repro reference miniature test check notebooks readme docs lab hooks lock
+.PHONY: help repro reference miniature test check campaign notebooks readme docs lab hooks lock
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,14 @@ miniature: $(READY) ## the whole pipeline on a few scenes and for a few steps, i
 test: $(READY) ## the library notebooks (nbdev_test), then what a notebook cannot show (pytest)
 	nbdev_test --n_workers 2
 	pytest
+
+INPUTS ?= 200000
+KILLS ?= 200
+campaign: $(READY) ## damaged files to every reader, kills of the miniature pipeline (INPUTS=20000 KILLS=20 for less); then the page of it
+	PYTHONPATH=tests python -m campaign.run --inputs $(INPUTS)
+	PYTHONPATH=tests python -m campaign.kills --kills $(KILLS)
+	papermill --engine w2r2 --cwd nbs/bench --no-progress-bar nbs/bench/campaign.ipynb nbs/bench/campaign.ipynb
+	nbdev_clean
 
 check: $(READY) ## w2r2/ in step with nbs/, notebooks clean, code as ruff wants it, data as pinned
 	ruff check --quiet nbs tests

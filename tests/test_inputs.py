@@ -102,7 +102,7 @@ def test_labels_of_a_scan_are_shown_as_text(release, tmp_path, capsys):
     assert main(["show", SCENE, "--root", str(release), "--html", str(page)]) == 0
     assert "\x1b" not in capsys.readouterr().out
     text = page.read_text()
-    assert "<img src=x>" not in text and "<b onclick" not in text and "script>b()" not in text
+    assert "<img src=x>" not in text and "<b onclick" not in text and "<script>b()" not in text
     with Scan(release, SCENE) as scan:
         frames = scan.views([0])
         color, pose = np.stack([frame.color for frame in frames]), np.stack([frame.pose for frame in frames])

@@ -109,6 +109,7 @@ def campaign(kills: int, seed: int, work: Path, reports: Path):
             assert code == 0, f"the pipeline did not go on after kill {len(rows)}; see {killed}/repro.log"
             (killed / "dvc.lock").unlink()  # done: from the beginning, so that every stage is killed
             shutil.rmtree(killed / "build")
+            shutil.rmtree(killed / ".dvc" / "cache", ignore_errors=True)
     assert start(killed).wait() == 0, f"the pipeline did not go on after the last kill; see {killed}/repro.log"
     table = compare(whole, killed)
     summary = table.groupby("part").agg(files=("same", "size"), same=("same", "sum")).reset_index()

@@ -308,14 +308,18 @@ def npz_touched(name, original, damaged):
     return {names.get(key, key) for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
 
 
-def safetensors_places(data: bytes) -> list[tuple[int, int, str]]:
+def same_name(name: str) -> str:
+    "The name of a tensor without the parts that are called otherwise in files."
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
+
+
+def tensor_units(data: bytes) -> dict:
+    "Type, shape and bytes of every tensor, by the published layout."
     (size,) = struct.unpack_from("<Q", data)
-    head = json.loads(data[8 : 8 + size])
-    return [
-        (8 + size + entry["data_offsets"][0], 8 + size + entry["data_offsets"][1], name)
-        for name, entry in head.items()
-        if name != "__metadata__"
-    ]
+    head, body = strict(data[8 : 8 + size]), data[8 + size :]
+    head.pop("__metadata__", None)
+    places = {name: slice(*entry["data_offsets"]) for name, entry in head.items()}
+    return {same_name(n): (e["dtype"], e["shape"], hash(body[places[n]])) for n, e in head.items()}
 
 
 def safetensors_header(data: bytes, rng) -> bytes:
@@ -328,7 +332,9 @@ def safetensors_header(data: bytes, rng) -> bytes:
 
 def read_model(folder: Path) -> dict:
     model, tokenizer, packer = load(folder)
-    return {name: told(value) for name, value in model.state_dict().items()} | {"bins": told(packer.bins)}
+    tensors = {same_name(name): told(value) for name, value in model.state_dict().items()}
+    tensors.pop("vlm.lm_head.weight")  # tied to the embeddings
+    return tensors | {"bins": told(packer.bins)}
 
 
 def read_parts(folder: Path) -> dict:
@@ -590,7 +596,7 @@ def make(folder: Path) -> list[Target]:
 
     weights = [on_bytes, safetensors_header, safetensors_header]
     targets.append(
-        Target("model weights", place, ["model.safetensors"], read_model, by_place(safetensors_places), weights, 0.03)
+        Target("model weights", place, ["model.safetensors"], read_model, by_units(tensor_units), weights, 0.03)
     )
     assert load_file(place / "model.safetensors")
     return targets

@@ -279,7 +279,7 @@ def scene_page(
         "picked": texts[0] if len(texts) > 1 and any(d.kind != "object" for d in boxes) else None,
         "kinds": KINDS,
     }
-    content = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    content = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no text of it is a tag
     heading = html.escape(title or scan.scene_id)
     page = (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{heading}</title>'
