@@ -33,7 +33,7 @@ from w2r2.scans.stores import (
     write_store,
 )
 from ..scans.views import choose_frames, object_views
-from ..tasks.samples import TASKS, Task, read_samples
+from ..tasks.samples import DATASETS, TASKS, Task
 
 # %% ../../nbs/model/06_features.ipynb #aea57eb4
 _REMEDY = "Run `dvc repro encode`"
@@ -230,11 +230,14 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     # of the split, which holds boxes and best views; or how many views to choose in each scan to look for them
     views: Prepared | int = 6,
+    dataset: str = "release",  # a key of `w2r2.tasks.samples.DATASETS`
 ) -> Queries:
-    "The samples of a split as tokens; raises `ScanNetError` as `w2r2.tasks.samples.read_samples`."
+    "The samples of a split as tokens; raises `ScanNetError` as the data set's reader, ValueError for an unknown one."
+    if dataset not in DATASETS:
+        raise ValueError(f"no data set {dataset!r}; use one of {list(DATASETS)}")
     objects = views.object_views() if isinstance(views, Prepared) else _look(root, scenes, views)
     place = {scene: row for row, scene in enumerate(scenes)}
-    samples = read_samples(root, split, {scene: objects[scene] for scene in scenes})
+    samples = DATASETS[dataset](root, split, {scene: objects[scene] for scene in scenes})
     answers = [() if sample.task == Task.scanrefer else sample.references for sample in samples]
 
     def words(texts):
