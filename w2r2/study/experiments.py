@@ -19,6 +19,7 @@ import yaml
 
 from ..code import code_digest
 from ..method.objectives import READINGS
+from ..model.features import geometry_file
 from .jobs import Job
 
 # %% ../../nbs/study/08_experiments.ipynb #6970dfca
@@ -168,7 +169,7 @@ def read_plan(
                 code_digest("w2r2.study.finetuning:finetune"),
                 code,
                 shared,
-                file_digest(train / f"geometry_{noise:g}.npy"),
+                file_digest(geometry_file(train, noise)),
             )
         )
         for noise in noises

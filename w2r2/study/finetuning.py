@@ -18,7 +18,6 @@ from ..method.trainer import W2R2Config, W2R2Trainer, last_checkpoint, remove_ch
 from ..model.checkpoint import load, save
 from ..model.features import Features, Queries
 from ..model.fused import add_picks
-from ..model.fusion import Fusion
 from ..model.scenes import Collator, Scenes, Shown
 from ..scans.files import settle
 from .jobs import check_one_thread
@@ -75,22 +74,20 @@ def finetune(
     noise, steps, per_task = run.pop("noise"), run.pop("steps"), run.pop("per_task")
     check_one_thread()
     model, tokenizer, packer = load(settings["backbone"])
-    for name in ("fusion", "zero"):
+    for name in ("fusion", "zero", "volume"):
         if name in run:
             setattr(model.config, name, run.pop(name))
-    torch.manual_seed(run["seed"])
-    model.fusion = Fusion(
-        model.config.text_config.hidden_size,
-        model.config.encoder3d_dim,
-        model.config.coordinates,
-        model.config.fusion,
-        model.config.zero,
-    )
     train, shown = Path(settings["features"], "train"), None
+    features = Features.open(train, noise)
+    model.config.encoder3d = noise.partition("=")[0] if isinstance(noise, str) else "pointmap"
+    model.config.encoder3d_dim = features.geometry.shape[-1]
+    packer.volume = model.config.volume > 0
+    torch.manual_seed(run["seed"])
+    model.new_phi()
     if source := run.pop("candidates", None):
         add_picks(model)
         shown = Shown.tokenised(Candidates.open(train / f"candidates_{source}.npz"), tokenizer)
-    scenes = Scenes(Features.open(train, noise), Queries.open(train), per_task, run["seed"], candidates=shown)
+    scenes = Scenes(features, Queries.open(train), per_task, run["seed"], candidates=shown)
     args = W2R2Config(str(folder), max_steps=steps, save_total_limit=1, **run)
     callbacks = [Progress(tell), Curves(Path(folder, "live")), *watching]
     trainer = W2R2Trainer(model, args, scenes, Collator(packer), callbacks=callbacks)
