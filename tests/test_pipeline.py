@@ -35,7 +35,7 @@ def value(params, name):
 @pytest.mark.parametrize("stage", NOTEBOOKS)
 def test_stage_depends_on_its_code(stage):
     code = f"build/code/{Path(NOTEBOOKS[stage]).stem}.txt"
-    assert code in STAGES["code"]["outs"] and (stage == "backbone" or code in STAGES[stage]["deps"])
+    assert code in STAGES["code"]["outs"] and (STAGES[stage].get("frozen") or code in STAGES[stage]["deps"])
     assert stage_lines(ROOT / NOTEBOOKS[stage])
 
 
@@ -66,7 +66,7 @@ def test_stage_passes_parameters_that_the_notebook_declares(stage):
 def test_every_set_can_be_planned(file):
     params, known = (
         PARAMS[file],
-        {field.name for field in fields(W2R2Config)} | {"steps", "times", "per_task", "fusion", "zero"},
+        {field.name for field in fields(W2R2Config)} | {"steps", "times", "per_task", "fusion", "zero", "volume"},
     )
     for name in params["train"]["sets"]:
         runs = plan(params | {"train": params["train"] | {"set": name}})

@@ -51,7 +51,11 @@ class Run:
     def __str__(self):
         return ", ".join(
             [self.arm]
-            + [f"{name} {value:g}" for name, value in self.labels.items() if name != "arm" and value == value]
+            + [
+                f"{name} {value if isinstance(value, str) else f'{value:g}'}"
+                for name, value in self.labels.items()
+                if name != "arm" and value == value
+            ]
         )
 
     def training(
