@@ -104,6 +104,7 @@ class Scenes(Dataset):
         seed: int = 0,
         intervention: Callable[[dict, np.random.Generator], dict] | None = None,  # see `w2r2.method.interventions`
         candidates: Shown | None = None,  # boxes to pick from
+        rows: np.ndarray | None = None,  # queries to draw from; their scenes are all there are. None: all
     ):
         self.features, self.queries, self.per_task, self.seed, self.intervention, self.epoch = (
             features,
@@ -115,6 +116,10 @@ class Scenes(Dataset):
         )
         self.candidates = candidates
         useful = (queries.view >= 0) | (queries.task == 2) & (np.diff(queries.first) > 0)
+        self.scenes = np.arange(len(features.scenes))
+        if rows is not None:
+            useful &= np.isin(np.arange(len(useful)), rows)
+            self.scenes = np.unique(queries.scene[rows])
         order = np.lexsort([queries.task, queries.scene])
         order = order[useful[order]]
         ends = np.searchsorted(
@@ -127,10 +132,11 @@ class Scenes(Dataset):
         self.epoch = epoch
 
     def __len__(self):
-        return len(self.features.scenes)
+        return len(self.scenes)
 
-    def __getitem__(self, scene: int) -> dict:
-        "Scene `scene` of this epoch, as from `scene_of`."
+    def __getitem__(self, place: int) -> dict:
+        "The scene at a place of this epoch, as from `scene_of`."
+        scene = int(self.scenes[place])
         rng = np.random.default_rng([self.seed, self.epoch, scene])
         several = self._rows[scene * len(TASKS) : (scene + 1) * len(TASKS)]
         chosen = np.concatenate([rng.permutation(rows)[:count] for rows, count in zip(several, self.per_task)])

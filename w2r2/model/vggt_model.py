@@ -93,10 +93,10 @@ _FOUR = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 
 VGGT_SCHEMA = {
     "type": "object",
     "properties": {
-        name: _COUNT
-        for name in ("image_size", "patch_size", "width", "depth", "heads", "vit_depth", "camera_depth", "camera_heads")
+        name: _COUNT for name in ("image_size", "patch_size", "width", "depth", "heads", "vit_depth", "camera_heads")
     }
     | {
+        "camera_depth": {"type": "integer", "minimum": 0, "maximum": 100},
         "features": _COUNT,
         "down": _COUNT,
         "channels": _FOUR,

@@ -17,12 +17,14 @@ from joblib import Parallel, delayed
 from transformers import TrainerCallback
 
 from ..model.checkpoint import load
+from ..model.detector import Detector, detect_all
 from ..model.features import Features, Queries
 from ..model.packing import Packer
 from ..model.scenes import Shown, ask_all
 from ..scans.geometry import box_iou
 from ..scans.prepared import Prepared
 from ..scans.scan import Scan
+from ..shipped import DATA
 from .diagnose import PASSES
 from .evaluation import Truth
 from .finetuning import finetune
@@ -41,21 +43,25 @@ def _proposals(source: str, root: Path, prepared: Prepared, row: int) -> Proposa
 
 
 def gather_candidates(
-    source: str,  # "true" or "depth", see `w2r2.tasks.candidates.PLACES`
+    source: str,  # "true", "depth" or "detector", see `w2r2.tasks.candidates.PLACES`
     root: str | Path,  # of the ScanNet release
     prepared: Prepared,  # views of the split
     path: str | Path,  # .npz to write
     workers: int = 1,
+    detector: str | Path = DATA / "rooms-detector",  # for source "detector": its folder
+    backbone: str | Path = DATA / "rooms-tiny",  # likewise: the model whose vision tower makes F2D
 ) -> Candidates:
     "Collect the candidates of every scene of a split; raises ValueError for a source that cannot be computed."
-    if source not in ("true", "depth"):
-        raise ValueError(
-            f"candidates are computed from 'true' or 'depth', not from {source!r}; give those of a detector as files"
+    if source not in PLACES:
+        raise ValueError(f"candidates are computed from {', '.join(map(repr, PLACES))}, not from {source!r}")
+    if source == "detector":
+        given = detect_all(Detector.load(detector), load(backbone)[0], prepared, segments=True, workers=workers)
+    else:
+        rows = Parallel(workers)(
+            delayed(_proposals)(source, Path(root), prepared, row) for row in range(len(prepared.scenes))
         )
-    rows = Parallel(workers)(
-        delayed(_proposals)(source, Path(root), prepared, row) for row in range(len(prepared.scenes))
-    )
-    found = Candidates.collect(prepared.scenes, dict(zip(prepared.scenes, rows)).get, PLACES[source])
+        given = dict(zip(prepared.scenes, rows))
+    found = Candidates.collect(prepared.scenes, given.get, PLACES[source])
     found.save(path)
     return found
 

@@ -165,15 +165,15 @@ def train_vggt(
     muon_learning_rate: float = 0.012,
     warmup: int = 50,  # steps
     cooling: float = 0.4,  # share of the steps in which learning rates fall to zero
-    match: float = 0.3,  # weight of `Matcher`
-    match_block: int = 3,  # see `Matcher`
+    matcher: Matcher | None = None,  # of the model, changed in place; None: without its task
+    match: float = 0.3,  # weight of that task
     save_every: int = 100,  # steps
 ) -> pd.DataFrame:  # the terms of the loss at every step
     "Teach a model; it is in evaluation mode afterwards."
     folder, ends = Path(folder), np.cumsum([share for share, _, _ in stages]) * steps
     folder.mkdir(parents=True, exist_ok=True)
-    matcher = Matcher(model, match_block)
-    named = [*model.named_parameters(), *matcher.named_parameters()]
+    taught = [model] if matcher is None else [model, matcher]
+    named = [pair for part in taught for pair in part.named_parameters()]
     inner = {name for name, p in named if p.ndim == 2 and ("_blocks." in name or ".trunk." in name)}
     optimizers = (
         torch.optim.Muon([p for name, p in named if name in inner], muon_learning_rate, weight_decay=0.02),
@@ -183,7 +183,7 @@ def train_vggt(
         get_wsd_schedule(optimizer, warmup, steps - int(cooling * steps), num_training_steps=steps, decay_type="cosine")
         for optimizer in optimizers
     ]
-    state, log, parts = folder / "state.pt", [], (model, matcher, *optimizers, *schedules)
+    state, log, parts = folder / "state.pt", [], (*taught, *optimizers, *schedules)
     if state.is_file():
         saved = torch.load(state, weights_only=True)
         log = saved["log"]
@@ -195,7 +195,9 @@ def train_vggt(
         _, views, span = stages[min(int((step >= ends).sum()), len(stages) - 1)]
         rows = rng.choice(len(prepared.scenes), min(max(frames // views, 1), len(prepared.scenes)), replace=False)
         truth = lesson(prepared, rows, model.depth_head.down, views, rng, span)
-        losses = vggt_losses(model(truth.images), truth) | {"match": match * matcher(truth)}
+        losses = vggt_losses(model(truth.images), truth)
+        if matcher is not None:
+            losses["match"] = match * matcher(truth)
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules):

@@ -75,7 +75,7 @@ class Candidates:
     def open(cls, path: str | Path) -> "Candidates":
         "Read what `save` wrote; raises FileNotFoundError saying how to make it."
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such candidates; `w2r2.study.trial.gather_candidates` makes them")
+            raise FileNotFoundError(f"{path}: no such candidates; `w2r2.study.watch.gather_candidates` makes them")
         with np.load(path, allow_pickle=False) as file:
             parts = dict(file)
         return cls(parts.pop("scenes").tolist(), labels=parts.pop("labels").tolist(), **parts)
