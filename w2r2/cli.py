@@ -19,6 +19,7 @@ import typer
 from typer.exceptions import TyperException
 
 from .shipped import DATA
+from .text import printable
 
 # %% ../nbs/03_cli.ipynb #1425a161
 app = typer.Typer(
@@ -107,7 +108,7 @@ def show(
         return print(json.dumps(objects))
     print(f"{scene}: {len(objects)} objects; boxes are cx cy cz dx dy dz in metres")
     for o in objects:
-        print(f"{o['id']:4d}  {o['label']:<16}" + " ".join(f"{v:7.2f}" for v in o["box"]))
+        print(f"{o['id']:4d}  {printable(o['label']):<16}" + " ".join(f"{v:7.2f}" for v in o["box"]))
 
 # %% ../nbs/03_cli.ipynb #4e539caf
 def looking(scene: str):
@@ -141,7 +142,7 @@ def say(
         *asked, said = answer.values()
         if not isinstance(said, str):
             said = " ".join(f"{value:.2f}" for value in said) + "  (cx cy cz dx dy dz in metres)"
-        print(" ".join(map(str, asked)), f"  {said}", sep="\n")
+        print(printable(" ".join(map(str, asked))), printable(f"  {said}"), sep="\n")
 
 
 def answers_to_draw(
@@ -334,7 +335,7 @@ def rooms(
     root: Annotated[Path | None, typer.Argument(help="folder of the release; created if missing")] = None,
     split: Annotated[str, typer.Option(help="a split of data/recipes/splits.yaml")] = "val",
     share: Annotated[float, typer.Option(help="share of its scenes")] = 1.0,
-    workers: Annotated[int, typer.Option(help="processes")] = 1,
+    workers: Annotated[int, typer.Option(help="processes", min=1)] = 1,
     only_list: Annotated[bool, typer.Option("--list", help="list the splits and stop")] = False,
 ):
     "Build the embedded benchmark as a ScanNet release."
@@ -402,6 +403,7 @@ def verdict(
     "Compare regenerated results with the committed ones."
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from w2r2.report.verdict import report_verdict, summary, write_verdict
 
@@ -421,11 +423,12 @@ def verdict(
             )
         )
     else:
-        table = Table(title="Reproduction verdict", caption=f"{reports / 'verdict.md'} says what moved most.")
+        said = printable(f"{reports / 'verdict.md'} says what moved most.")
+        table = Table(title="Reproduction verdict", caption=Text(said, "table.caption", justify="center"))
         for heading in counts:
             table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
         for row in counts.itertuples():
-            table.add_row(*map(str, row[1:]), end_section=row.Index == len(counts) - 2)
+            table.add_row(*map(Text, map(printable, row[1:])), end_section=row.Index == len(counts) - 2)
         Console().print(table)
         print(f"Mode {found.mode}: {found.why}. Statements: {', '.join(f'{n} {word}' for word, n in words.items())}.")
         print("Passed." if found.passed else "Failed.")
@@ -437,7 +440,7 @@ def main(argv: list[str] | None = None) -> int:
     command = next((word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("-")), "")
 
     def complain(message, *_, **__):
-        print(" ".join(f"w2r2 {command}".split()) + f": {' '.join(str(message).split())}", file=sys.stderr)
+        print(" ".join(f"w2r2 {command}".split()) + f": {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
     try:
         with warnings.catch_warnings():

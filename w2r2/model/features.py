@@ -9,7 +9,7 @@ __all__ = ['Features', 'parse_geometry', 'geometry_file', 'geometry_encoder', 'e
 # %% ../../nbs/model/06_features.ipynb #888e856d
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,26 @@ from transformers import PreTrainedTokenizerBase
 from .encoders import encoder3d
 from .fused import FusedVLM
 from .imvoxelnet import patch_projections
-from ..scans.files import atomic_write
+from ..scans.archives import read_npz
+from ..scans.files import ScanNetError, parse_json
 from ..scans.prepared import Prepared
 from ..scans.scan import Scan
+from w2r2.scans.stores import (
+    check_sources,
+    check_store,
+    new_array,
+    open_arrays,
+    read_manifest,
+    read_scenes,
+    write_store,
+)
 from ..scans.views import choose_frames, object_views
 from ..tasks.samples import TASKS, Task, read_samples
 
 # %% ../../nbs/model/06_features.ipynb #aea57eb4
+_REMEDY = "Run `dvc repro encode`"
+
+
 @dataclass(frozen=True)
 class Features:
     "Features of the scenes of a split; arrays are memory-mapped, and their first axis is the scene."
@@ -40,27 +53,29 @@ class Features:
     poses: np.ndarray  # (S, V, 4, 4) float64 camera-to-scan
     # (S, V, 3, 4) float32 from `w2r2.model.imvoxelnet.patch_projections`
     projections: np.ndarray
+    made_from: dict[str, str] = field(default_factory=dict)  # "views": digest of the prepared views
 
     @classmethod
     def open(
         cls,
         folder: str | Path,
         noise: float | str = 0.0,  # which geometry, see `geometry_encoder`
+        prepared: Prepared | None = None,  # views that they must have been made from; None: do not ask
+        digest: bool = False,  # read all of it once, for a use that takes far longer than that
     ) -> "Features":
-        "Open what `encode` wrote; raises FileNotFoundError saying how to make it."
-        folder = Path(folder)
-        files = {name: folder / f"{name}.npy" for name in ("f2d", "visual_index", "poses", "projections")} | {
-            "geometry": geometry_file(folder, noise)
-        }
-        if not (folder / "scenes.json").is_file() or not all(file.is_file() for file in files.values()):
+        """Open what `encode` wrote; raises `FileNotFoundError` for what is not there and `ScanNetError` for what is not
+        what `encode` wrote, both saying how to make it."""
+        content, level = read_manifest(folder, _REMEDY), geometry_file("", noise).stem
+        if f"{level}.npy" not in content["files"]:
             raise FileNotFoundError(
                 f"{folder}: no features with geometry noise {noise}; add it to encode.noises in params.yaml and run "
                 f"`dvc repro encode`"
             )
-        return cls(
-            json.loads((folder / "scenes.json").read_text()),
-            **{name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in files.items()},
-        )
+        if prepared is not None:
+            check_sources(Path(folder), content, {"views": prepared.digest}, _REMEDY)
+        arrays = open_arrays(folder, ["f2d", "visual_index", "poses", "projections", level], content, _REMEDY, digest)
+        scenes = read_scenes(folder, content, arrays, _REMEDY)
+        return cls(scenes, geometry=arrays.pop(level), **arrays, made_from=content["made_from"])
 
 
 def parse_geometry(
@@ -143,30 +158,26 @@ def encode(
     keep: int = 128,  # patches shown to the language model
     workers: int = 1,  # processes, one thread each
 ) -> Features:  # with the first of the noises
-    "Encode a split; raises ValueError for a scene without what an encoder needs, or with fields of another width."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scenes.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
-    rows = Parallel(workers, return_as="generator")(
-        delayed(_encode_scene)(model, prepared, row, noises, keep) for row in range(len(prepared.scenes))
-    )
-    arrays = {}
-    for row, part in enumerate(tqdm(rows, f"features: {folder.name}", len(prepared.scenes), unit="scene")):
-        for name, array in part.items():
-            if row == 0:
-                arrays[name] = np.lib.format.open_memmap(
-                    folder / f"{name}.npy", "w+", array.dtype, (len(prepared.scenes), *array.shape)
-                )
-            if array.shape != arrays[name].shape[1:]:
-                raise ValueError(
-                    f"{prepared.scenes[row]}: {name} is {array.shape}, that of {prepared.scenes[0]} "
-                    f"{arrays[name].shape[1:]}; all scenes of a split need features of one width"
-                )
-            arrays[name][row] = array
-    for array in arrays.values():
-        array.flush()
-    with atomic_write(folder / "scenes.json") as file:
-        file.write(json.dumps(prepared.scenes).encode())
+    """Encode a split; what was made replaces what the folder has when all is there. Raises `ValueError` for a scene
+    without what an encoder needs or with fields of another width, `OSError` for a disk that is too small."""
+    arrays, count = {}, len(prepared.scenes)
+    with write_store(folder, {"views": prepared.digest}) as whole:
+        rows = Parallel(workers, return_as="generator")(
+            delayed(_encode_scene)(model, prepared, row, noises, keep) for row in range(count)
+        )
+        for row, part in enumerate(tqdm(rows, f"features: {Path(folder).name}", count, unit="scene")):
+            for name, array in part.items():
+                if row == 0:
+                    arrays[name] = new_array(whole / f"{name}.npy", (count, *array.shape), array.dtype)
+                if array.shape != arrays[name].shape[1:]:
+                    raise ValueError(
+                        f"{prepared.scenes[row]}: {name} is {array.shape}, that of {prepared.scenes[0]} "
+                        f"{arrays[name].shape[1:]}; all scenes of a split need features of one width"
+                    )
+                arrays[name][row] = array
+        for array in arrays.values():
+            array.flush()
+        (whole / "scenes.json").write_text(json.dumps(prepared.scenes))
     return Features.open(folder, noises[0])
 
 # %% ../../nbs/model/06_features.ipynb #ef807adc
@@ -189,6 +200,11 @@ class Ragged:
         return self.values[self.ends[row] : self.ends[row + 1]].tolist()
 
 # %% ../../nbs/model/06_features.ipynb #7c66bdb7
+_QUERIES = "queries.manifest.json"
+_COLUMNS = dict.fromkeys(["task", "scene", "objects", "view", "first"], ("i", 1)) | {"boxes": ("f", 2)}
+_COLUMNS |= dict.fromkeys(["prompts", "prompt_ends", "answers", "answer_ends"], ("i", 1))
+
+
 @dataclass(frozen=True)
 class Queries:
     "The queries of a split, all tasks in one table; `ids` and `answered` are as in `w2r2.tasks.samples.Sample`."
@@ -210,36 +226,44 @@ class Queries:
         "Accepted answers, tokenised; none for boxes."
         return [self.answers[row] for row in range(self.first[query], self.first[query + 1])]
 
+    @staticmethod
+    def _sources(folder: str | Path) -> dict[str, str]:
+        features = read_manifest(folder, _REMEDY)
+        return {"scenes": features["files"]["scenes.json"]["sha256"]} | features["made_from"]
+
     def save(self, folder: str | Path):
-        "Write to a folder."
-        folder = Path(folder)
-        np.savez(
-            folder / "queries.npz",
-            task=self.task,
-            scene=self.scene,
-            objects=self.objects,
-            view=self.view,
-            boxes=self.boxes,
-            first=self.first,
-            prompts=self.prompts.values,
-            prompt_ends=self.prompts.ends,
-            answers=self.answers.values,
-            answer_ends=self.answers.ends,
-        )
-        with atomic_write(folder / "queries.json") as file:
-            file.write(json.dumps(self.ids).encode())
+        "Write to the folder of the features of the same scenes."
+        with write_store(folder, self._sources(folder), _QUERIES) as part:
+            np.savez(
+                part / "queries.npz",
+                task=self.task,
+                scene=self.scene,
+                objects=self.objects,
+                view=self.view,
+                boxes=self.boxes,
+                first=self.first,
+                prompts=self.prompts.values,
+                prompt_ends=self.prompts.ends,
+                answers=self.answers.values,
+                answer_ends=self.answers.ends,
+            )
+            (part / "queries.json").write_text(json.dumps(self.ids))
 
     @classmethod
     def open(cls, folder: str | Path) -> "Queries":
-        "Read what `save` wrote."
+        """Read what `save` wrote; raises `FileNotFoundError` for what is not there and `ScanNetError` for what is not
+        what `save` wrote, or belongs to other scenes, both saying how to make it."""
         folder = Path(folder)
-        with np.load(folder / "queries.npz", allow_pickle=False) as file:
-            parts = dict(file)
-        prompts, answers = (
-            Ragged(parts.pop("prompts"), parts.pop("prompt_ends")),
-            Ragged(parts.pop("answers"), parts.pop("answer_ends")),
-        )
-        return cls(json.loads((folder / "queries.json").read_text()), prompts=prompts, answers=answers, **parts)
+        content = check_store(folder, _REMEDY, manifest=_QUERIES)
+        check_sources(folder / _QUERIES, content, cls._sources(folder), _REMEDY)
+        parts = read_npz(folder / "queries.npz", _COLUMNS, _REMEDY)
+        ids = parse_json((folder / "queries.json").read_bytes(), folder / "queries.json", remedy=_REMEDY)
+        prompts, answers = (Ragged(parts.pop(f"{name}s"), parts.pop(f"{name}_ends")) for name in ("prompt", "answer"))
+        read = cls(ids, prompts=prompts, answers=answers, **parts)
+        rows = {len(getattr(read, name)) for name in ("ids", "task", "scene", "objects", "view", "boxes", "prompts")}
+        if rows != {len(read.first) - 1} or read.first[-1] != len(answers):
+            raise ScanNetError(folder / "queries.npz", "rows", "the columns differ in length", _REMEDY)
+        return read
 
 # %% ../../nbs/model/06_features.ipynb #47cf0fce
 def tokenise(

@@ -93,8 +93,18 @@ def scene_of(
     return drawn if candidates is None else drawn | {"candidates": candidates.of(drawn)}
 
 # %% ../../nbs/model/07_scenes.ipynb #bfc6fa32
+def _belong(features: Features, queries: Queries, candidates: Shown | None):
+    if candidates is not None and candidates.candidates.scenes != features.scenes:
+        raise ValueError("the candidates are of other scenes than the features: collect them again")
+    if candidates is not None and candidates.candidates.made_from != features.made_from:
+        raise ValueError("the candidates were made from other views than the features: collect them again")
+    if len(queries) and queries.scene.max() >= len(features.scenes):
+        raise ValueError("the queries are of other scenes than the features: run `dvc repro encode`")
+
+
 class Scenes(Dataset):
-    "The scenes of a split, each with some of its queries. Queries about objects that no view shows are left out."
+    """The scenes of a split, each with some of its queries. Queries about objects that no view shows are left out.
+    Raises `ValueError` for candidates or queries of other scenes."""
 
     def __init__(
         self,
@@ -115,6 +125,7 @@ class Scenes(Dataset):
             0,
         )
         self.candidates = candidates
+        _belong(features, queries, candidates)
         useful = (queries.view >= 0) | (queries.task == 2) & (np.diff(queries.first) > 0)
         self.scenes = np.arange(len(features.scenes))
         if rows is not None:
@@ -225,7 +236,8 @@ def ask_all(
     at_most: int = 16,  # queries per sequence
     candidates: Shown | None = None,  # boxes to pick from
 ) -> list[dict]:  # scenes as from `scene_of`, without answers; shortest first, so that a batch pads little
-    "The scenes and queries to ask, grouped."
+    "The scenes and queries to ask, grouped; raises `ValueError` as `Scenes`."
+    _belong(features, queries, candidates)
     rows = np.asarray(rows)
     lengths = np.diff(queries.prompts.ends)[rows]
     rows = rows[np.lexsort([lengths, queries.scene[rows]])]

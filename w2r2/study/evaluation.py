@@ -27,8 +27,9 @@ from ..model.fused import FusedVLM
 from ..model.packing import Packer
 from ..model.scenes import Shown, ask_all, scene_of
 from ..scans.annotations import LabelTable
-from ..scans.files import atomic_write
+from ..scans.files import parse_json
 from ..scans.prepared import Prepared
+from ..scans.stores import check_sources, check_store, write_store
 from .diagnose import PASSES, displacements
 from .jobs import check_one_thread
 from .latent import latent_geometry, token_states
@@ -94,18 +95,24 @@ def propose_all(
     path: str | Path,  # .json to write
     workers: int = 1,
 ) -> dict[str, np.ndarray]:
-    "Proposals of every scene of a split."
+    "Proposals of every scene of a split; beside them a manifest."
+    path, views = Path(path), {"views": prepared.digest}
     boxes = Parallel(workers)(delayed(_propose)(prepared, row) for row in range(len(prepared.scenes)))
-    with atomic_write(path) as file:
-        file.write(json.dumps(dict(zip(prepared.scenes, boxes))).encode())
-    return read_proposed(path)
+    with write_store(path.parent, views, path.with_suffix(".manifest.json").name) as part:
+        (part / path.name).write_text(json.dumps(dict(zip(prepared.scenes, boxes))))
+    return read_proposed(path, views)
 
 
-def read_proposed(path: str | Path) -> dict[str, np.ndarray]:
-    "What `propose_all` wrote: scene id to (P, 6) boxes [m]."
-    return {
-        scene: np.reshape(boxes, (-1, 6)) for scene, boxes in json.loads(Path(path).read_text(encoding="utf-8")).items()
-    }
+def read_proposed(
+    path: str | Path,
+    views: dict[str, str],  # "views": digest of the prepared views that they should have been made from
+) -> dict[str, np.ndarray]:
+    """What `propose_all` wrote: scene id to (P, 6) boxes [m]. Raises `FileNotFoundError` for what is not there and
+    `ScanNetError` for what is not what it wrote, or was made from other views."""
+    path, remedy = Path(path), "Run `dvc repro evaluate`"
+    manifest = path.with_suffix(".manifest.json")
+    check_sources(manifest, check_store(path.parent, remedy, manifest=manifest.name), views, remedy)
+    return {scene: np.reshape(boxes, (-1, 6)) for scene, boxes in parse_json(path.read_bytes(), path).items()}
 
 # %% ../../nbs/study/07_evaluation.ipynb #fb184768
 RELATIONS = ["between", "closest to", "nearest to", "farthest from", "furthest from", "in front of", "behind"]
@@ -301,7 +308,11 @@ def evaluate(
         )
         source = settings.get("candidates")
         if source is None:
-            shown, picked, proposals = None, None, read_proposed(Path(settings["proposals"], f"{split}.json"))
+            shown, picked, proposals = (
+                None,
+                None,
+                read_proposed(Path(settings["proposals"], f"{split}.json"), features.made_from),
+            )
         else:
             shown = Shown.tokenised(Candidates.open(data / f"candidates_{source}.npz"), tokenizer)
             picked, proposals = parts_of(truth, np.load(data / "cue.npy")), None
@@ -395,10 +406,11 @@ def floor_rows(
     train = Truth.read(root, "train", Features.open(known, noises[0]), Queries.open(known), (10**6,) * 3)
     for split in dials["splits"]:
         data = Path(features, split)
+        seen = Features.open(data, noises[0])
         truth = Truth.read(
             root,
             split,
-            Features.open(data, noises[0]),
+            seen,
             Queries.open(data),
             dials["per_task"].get(split, dials["per_task"].get("other")),
         )
@@ -406,7 +418,7 @@ def floor_rows(
             truth,
             list(train.described.values()),
             list(train.questions.values()),
-            read_proposed(Path(proposals, f"{split}.json")),
+            read_proposed(Path(proposals, f"{split}.json"), seen.made_from),
         ).items():
             rows += [
                 {

@@ -179,7 +179,8 @@ def read_plan(
     params["train"] |= {"set": chosen or params[section]["set"], "sets": params[section]["sets"]}
     train, apart = Path(features, "train"), ("geometry_", "candidates_", "cue.")  # what only some runs read
     common = [code_digest("w2r2.study.finetuning:finetune"), file_digest(backbone)]
-    common.append(file_digest(*(file for file in train.iterdir() if not file.name.startswith(apart))))
+    kept = [file for file in sorted(train.iterdir()) if file.is_file() and "manifest" not in file.name]
+    common.append(file_digest(*(file for file in kept if not file.name.startswith(apart))))
     digest = cache(file_digest)
 
     def inputs(settings):

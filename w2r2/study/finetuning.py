@@ -82,7 +82,7 @@ def finetune(
         if name in run:
             setattr(model.config, name, run.pop(name))
     train, shown, callbacks = Path(settings["features"], "train"), None, [Progress(tell), Curves(Path(folder, "live"))]
-    features, queries = Features.open(train, noise), Queries.open(train)
+    features, queries = Features.open(train, noise, digest=True), Queries.open(train)
     model.config.encoder3d = noise.partition("=")[0] if isinstance(noise, str) else "pointmap"
     model.config.encoder3d_dim = features.geometry.shape[-1]
     packer.volume = model.config.volume > 0

@@ -57,7 +57,7 @@ def gather_candidates(
             delayed(_proposals)(source, Path(root), prepared, row) for row in range(len(prepared.scenes))
         )
         given = dict(zip(prepared.scenes, rows))
-    found = Candidates.collect(prepared.scenes, given.get, PLACES[source])
+    found = Candidates.collect(prepared.scenes, given.get, PLACES[source], {"views": prepared.digest})
     found.save(path)
     return found
 
