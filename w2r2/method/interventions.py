@@ -13,6 +13,7 @@ import torch
 
 from ..model.candidates import seen_from_first
 from ..model.encoders import move_boxes, move_geometry
+from ..model.imvoxelnet import move_projections
 from ..scans.cameras import transform_points
 from ..tasks.answers import Bins, gravity_frame, to_view
 
@@ -36,6 +37,8 @@ def move(
     geometry, poses = scene["geometry"], scene["poses"]
     patch = torch.arange(len(geometry)) // (len(geometry) // len(poses))
     moved = {**scene, "geometry": move_geometry(geometry[None], patch[None], poses[None], *do)[0]}
+    if "projections" in scene:
+        moved["projections"] = move_projections(scene["projections"][None], poses[None], *do)[0]
     if move_target and "candidates" in scene:
         places = move_boxes(scene["candidates"]["boxes"][None], *do)[0]
         moved["candidates"] = scene["candidates"] | {"boxes": places}
@@ -142,6 +145,8 @@ def displace(
     centre = mean_point({"poses": poses, "geometry": given.masked_fill(padding, torch.nan)})
     moved = move_geometry(given, batch["visual_index"].clamp(min=0) // patches, poses, shifts, scales, centre)
     displaced = {**batch, "geometry": torch.where(padding, given, moved)}
+    if "projections" in batch:
+        displaced["projections"] = move_projections(batch["projections"], poses, shifts, scales, centre)
     if "candidate_boxes" in batch:
         displaced["candidate_boxes"] = move_boxes(batch["candidate_boxes"], shifts, scales, centre)
         displaced["candidate_place"] = seen_from_first(displaced["candidate_boxes"], poses)

@@ -298,7 +298,7 @@ def companions(
     malformed or do not belong together."""
     config, bins, tokenizer = read_config(folder), read_bins(folder), read_tokenizer(folder)
     _agree(Path(folder), config, tokenizer, bins)
-    return tokenizer, Packer.of(tokenizer, bins, grid=tuple(config.grid))
+    return tokenizer, Packer.of(tokenizer, bins, grid=tuple(config.grid), volume=config.volume > 0)
 
 
 def load(

@@ -65,13 +65,14 @@ class Packer:
     grid: tuple[int, int] = (6, 8)  # rows and columns of patches in a view
     before: Sequence[int] = ()  # text before and after the visual tokens, if the model wants it
     after: Sequence[int] = ()
+    volume: bool = False  # the model reads a volume, see `w2r2.model.imvoxelnet`: it needs F2D of all patches
 
     @classmethod
     def of(
         cls,
         tokenizer: PreTrainedTokenizerBase,  # from `w2r2.model.backbone.build_tokenizer`
         bins: Bins = Bins(),
-        **options,  # `grid`, `before`, `after`
+        **options,  # `grid`, `before`, `after`, `volume`
     ) -> "Packer":
         "The packer for a tokenizer."
 
@@ -91,12 +92,13 @@ class Packer:
     def __call__(
         self,
         # f2d (P, d), geometry (P, g), poses (V, 4, 4), visual_index (N,), queries: list of (prompt ids, answer ids or
-        # None); with candidates also `places`, how many, and `picks`, for each query whether it picks one of them
+        # None); with candidates also `places`, how many, and `picks`, for each query whether it picks one of them; with
+        # a volume also `projections` (V, 3, 4)
         scenes: list[dict],
     ) -> dict[str, torch.Tensor]:
         """The batch: `input_ids`, `segment`, `labels`, `answer_slot` (B, T); `position_ids` (3, B, T); `visual_index`
         (B, N), -1 where padded; `f2d`, `geometry` (B, N, ...); `poses`; with candidates also `pick` (B, T), where a
-        query picks one."""
+        query picks one; with a volume also `maps` (B, V, rows, columns, d), F2D of all patches, and `projections`."""
         rows = [self._sequence(scene) for scene in scenes]
 
         def stack(values, fill):
@@ -114,6 +116,9 @@ class Packer:
             "poses": torch.stack([scene["poses"] for scene in scenes]),
         }
         batch["answer_slot"] = self.slots(batch["labels"])
+        if self.volume:
+            batch["maps"] = torch.stack([scene["f2d"].unflatten(0, (-1, *self.grid)) for scene in scenes])
+            batch["projections"] = torch.stack([scene["projections"] for scene in scenes])
         if any(scene.get("places") for scene in scenes):
             batch["pick"] = stack(pick, False)
         return batch

@@ -59,9 +59,9 @@ def scene_of(
     chosen: Sequence[int],  # queries to ask
     answers: Sequence[int | None] | None = None,  # per query, which of its answers to teach; None: do not teach
     candidates: Shown | None = None,  # boxes to pick from
-) -> dict:  # f2d (P, d), geometry (P, g), poses (V, 4, 4), visual_index (N,), queries: list of dict, index
-    """One scene as the model takes it: `queries` hold task, prompt, answer, view, box and number. Prompts and answers
-    that are boxes stay empty until `Collator`. With candidates also `candidates`, see `Shown`."""
+) -> dict:  # f2d (P, d), geometry (P, g), poses (V, 4, 4), projections (V, 3, 4), visual_index (N,), queries, index
+    """One scene as the model takes it: `queries` are dictionaries that hold task, prompt, answer, view, box and number.
+    Prompts and answers that are boxes stay empty until `Collator`. With candidates also `candidates`, see `Shown`."""
     asked, index = [], features.visual_index[scene].astype(np.int64)
     for place, number in enumerate(chosen):
         taught = (
@@ -85,6 +85,7 @@ def scene_of(
         "f2d": torch.from_numpy(features.f2d[scene].astype(np.float32)),
         "geometry": torch.from_numpy(features.geometry[scene].copy()),
         "poses": torch.from_numpy(features.poses[scene].copy()),
+        "projections": torch.from_numpy(features.projections[scene].copy()),
         "visual_index": torch.from_numpy(index[index >= 0]),
         "queries": asked,
         "index": scene,

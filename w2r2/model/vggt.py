@@ -79,9 +79,9 @@ class Scale(nn.Module):
 class FeedForward(nn.Module):
     "Two linear layers."
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, hidden: int, out: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(functional.gelu(self.fc1(x)))
@@ -90,11 +90,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     "Attention, then the network."
 
-    def __init__(self, width: int, heads: int, turning: bool = True):
+    def __init__(self, width: int, heads: int, turning: bool = True, eps: float = 1e-5, start: float = 0.01):
         super().__init__()
-        eps, start = (1e-5, 0.01) if turning else (1e-6, 1.0)
         self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
-        self.attn, self.mlp = Attention(width, heads, turning), FeedForward(width)
+        self.attn, self.mlp = Attention(width, heads, turning), FeedForward(width, 4 * width, width)
         self.ls1, self.ls2 = Scale(width, start), Scale(width, start)
 
     def forward(self, x: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
@@ -125,7 +124,7 @@ class DinoPatches(nn.Module):
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + side * side, width) * 0.02)
         self.patch_embed = ConvPatches(width, patch)
-        self.blocks = nn.ModuleList(Block(width, heads, turning=False) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, False, 1e-6, 1.0) for _ in range(depth))
         self.norm = nn.LayerNorm(width, 1e-6)
 
     def table(self, rows: int, columns: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from ..metrics.statistics import Difference, wilson
-from .results import contrast, in_points, select
+from .results import contrast, geometry_label, in_points, noisiest, select
 from ..scans.files import ScanNetError, regular_file
 from ..scans.geometry import box_iou
 from ..shipped import DATA
@@ -312,7 +312,7 @@ def _sample(chosen: pd.DataFrame, a: dict, b: dict, d: Difference) -> str:
     "Over what a difference was taken; a floor has no training and so no seed."
     left, right = (set(select(chosen, **side).seed) for side in (a, b))
     seeds = len(left if b.get("pass") == "floor" else left & right)
-    return f"noise {chosen.noise.iloc[0]:g}, {seeds} seed{'s' * (seeds > 1)}" + (
+    return f"noise {geometry_label(chosen.noise.iloc[0])}, {seeds} seed{'s' * (seeds > 1)}" + (
         f", {d.n // seeds:,} scenes" if d.n > seeds else ""
     )
 
@@ -412,13 +412,14 @@ def audit(
     paper: dict = None,  # from `read_paper`; None: the file in data/
     scores: dict = {},
     noise: float
+    | str
     # the regime that decides: geometry noise, in the place of reconstructed geometry; None: the noisiest
     | None = None,
 ) -> pd.DataFrame:  # id, where, claim, status, evidence, link
     "Every claim with what became of it; boxes as the model gives them, not refined by proposals."
     paper, rows = paper or read_paper(), []
     if results is not None:
-        results, noise = results[results.proposals != "yes"], results.noise.max() if noise is None else noise
+        results, noise = results[results.proposals != "yes"], noisiest(results.noise) if noise is None else noise
     for claim in paper["claims"]:
         link = "report/04_claims.ipynb#claims-that-an-experiment-decides"
         if "check" in claim:

@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from .results import cells, select
+from .results import cells, geometry_label, select
 from .tables import at_defaults
 from ..shipped import HOME
 
@@ -157,7 +157,7 @@ def conditions(
 ) -> str:
     "Noise, refinement, seeds and kind of interval of the numbers in a figure, in words."
     noise, refined = (
-        " and ".join(map("{:g}".format if name == "noise" else str, figures[name].unique()))
+        " and ".join(map(geometry_label if name == "noise" else str, figures[name].unique()))
         for name in ("noise", "proposals")
     )
     seeds = "-".join(map(str, dict.fromkeys([figures.seeds.min(), figures.seeds.max()])))

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .figures import styled
-from .results import contrast, select
+from .results import contrast, geometries, select
 from .tables import as_long
 
 # %% ../../nbs/report/06_findings.ipynb #fd07484e
@@ -28,7 +28,7 @@ def against_plain(
     """Fused accuracy of every arm minus that of the arm of plain fine-tuning with as many steps, in pairs of queries
     and seeds."""
     chosen, rows = select(results, task="scanrefer", metric=metric, proposals=proposals, **{"pass": "fused"}), []
-    for noise, (where, together) in product(sorted(chosen.noise.unique(), reverse=True), splits.items()):
+    for noise, (where, together) in product(geometries(chosen.noise)[::-1], splits.items()):
         here = select(chosen, noise=noise, split=together)
         for arm, against in (
             (arm, rival)

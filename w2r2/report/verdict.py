@@ -23,7 +23,7 @@ from scipy.stats import t as student
 from ..machine import alike
 from .claims import NOT_REPRODUCED, REPRODUCED, read_paper
 from .grids import to_markdown
-from .results import CELL, PAIRED, read_results, select
+from .results import CELL, PAIRED, noisiest, read_results, select
 from ..scans.files import ScanNetError
 
 # %% ../../nbs/report/07_verdict.ipynb #c258a733
@@ -183,7 +183,7 @@ def claim_comparisons(
         ask = claim.get("peak") or claim.get("compare")
         if not ask:
             continue
-        chosen = select(results, **({"noise": results.noise.max()} | ask["choose"]))
+        chosen = select(results, **({"noise": noisiest(results.noise)} | ask["choose"]))
         chosen, errors, found = chosen[chosen.proposals != "yes"], ERRORS, []
         if "peak" in claim:
             dial, at = ask["dial"], ask["at"]

@@ -21,6 +21,7 @@ import yaml
 
 from ..code import code_digest
 from ..method.objectives import READINGS
+from ..model.features import geometry_file
 from .jobs import Job
 
 # %% ../../nbs/study/08_experiments.ipynb #6970dfca
@@ -53,7 +54,11 @@ class Run:
         named = [f"{name} {self.settings[name]}" for name in ("candidates", "regime") if name in self.settings]
         return ", ".join(
             [self.arm, *named]
-            + [f"{name} {value:g}" for name, value in self.labels.items() if name != "arm" and value == value]
+            + [
+                f"{name} {value if isinstance(value, str) else f'{value:g}'}"
+                for name, value in self.labels.items()
+                if name != "arm" and value == value
+            ]
         )
 
     def training(
@@ -179,7 +184,7 @@ def read_plan(
     digest = cache(file_digest)
 
     def inputs(settings):
-        read = [f"geometry_{settings['noise']:g}.npy"]
+        read = [geometry_file("", settings["noise"]).name]
         read += [f"candidates_{settings['candidates']}.npz"] * ("candidates" in settings)
         read += ["cue.npy"] * (settings.get("regime") == "biased")
         return "-".join((*common, *(digest(train / name) for name in read)))

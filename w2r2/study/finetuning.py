@@ -19,7 +19,6 @@ from ..method.trainer import W2R2Config, W2R2Trainer, last_checkpoint, remove_ch
 from ..model.checkpoint import load, save
 from ..model.features import Features, Queries
 from ..model.fused import add_picks
-from ..model.fusion import Fusion
 from ..model.scenes import Collator, Scenes, Shown
 from ..scans.files import settle
 from .jobs import check_one_thread
@@ -79,19 +78,16 @@ def finetune(
     noise, steps, per_task = run.pop("noise"), run.pop("steps"), run.pop("per_task")
     check_one_thread()
     model, tokenizer, packer = load(settings["backbone"])
-    for name in ("fusion", "zero"):
+    for name in ("fusion", "zero", "volume"):
         if name in run:
             setattr(model.config, name, run.pop(name))
-    torch.manual_seed(run["seed"])
-    model.fusion = Fusion(
-        model.config.text_config.hidden_size,
-        model.config.encoder3d_dim,
-        model.config.coordinates,
-        model.config.fusion,
-        model.config.zero,
-    )
     train, shown, callbacks = Path(settings["features"], "train"), None, [Progress(tell), Curves(Path(folder, "live"))]
     features, queries = Features.open(train, noise, digest=True), Queries.open(train)
+    model.config.encoder3d = noise.partition("=")[0] if isinstance(noise, str) else "pointmap"
+    model.config.encoder3d_dim = features.geometry.shape[-1]
+    packer.volume = model.config.volume > 0
+    torch.manual_seed(run["seed"])
+    model.new_phi()
     rows = None
     if regime := run.pop("regime", None):
         rows = training_rows(regime, queries, np.load(train / "cue.npy") if regime == "biased" else None)

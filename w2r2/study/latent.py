@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
-from ..model.fused import FusedVLM, inputs_of
+from ..model.fused import VOLUME_INPUTS, FusedVLM, inputs_of
 from ..model.packing import PREFIX
 
 # %% ../../nbs/study/02_latent.ipynb #1b8bf9ee
@@ -43,15 +43,16 @@ def token_states(
     for batch in batches:
         batch = {name: value.to(model.device) for name, value in batch.items()}
         length = int((batch["segment"] == PREFIX).sum(1).max())
-        prefix = {name: batch[name] for name in ("visual_index", "f2d", "geometry")} | {
+        held = [name for name in ("visual_index", "f2d", "geometry", *VOLUME_INPUTS) if name in batch]
+        prefix = {name: batch[name] for name in held} | {
             "input_ids": batch["input_ids"][:, :length],
             "segment": batch["segment"][:, :length],
             "position_ids": batch["position_ids"][..., :length],
         }
         visual = prefix["input_ids"] == model.config.vlm_config.image_token_id
         for name, (with2d, with3d) in FEATURES.items():
-            given = {**prefix, "f2d": prefix["f2d"] * with2d}
-            phi = model.visual_tokens(given["f2d"], given["geometry"], given["visual_index"], shortcut=not with3d)
+            given = {**prefix, **{name: prefix[name] * with2d for name in ("f2d", "maps") if name in prefix}}
+            phi = model.visual_tokens(**{name: given[name] for name in held}, shortcut=not with3d)
             layers = model(
                 **given, shortcut=not with3d, output_hidden_states=True, logits_to_keep=torch.zeros_like(visual)
             ).hidden_states[1:]

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..model.checkpoint import companions
 from ..model.features import encode_views
 from ..model.fused import FusedVLM, inputs_of
+from ..model.imvoxelnet import patch_projections
 from ..model.packing import PADDING, Packer, extend
 from ..model.scenes import Collator
 from ..scans.prepared import prepare_scan
@@ -166,7 +167,9 @@ def look(
     model: FusedVLM,
     scan: Scan,
     keep: int = 128,  # patches shown to the language model
-    noise: float = 0.0,  # level of geometry noise
+    noise: float
+    | str
+    | None = None,  # see `w2r2.model.features.geometry_encoder`; None: what it was trained on, or depth
     depth_size: tuple[int, int] = (80, 60),  # width and height that depth is resized to [pixels]
 ) -> tuple[
     dict, dict[str, np.ndarray]
@@ -175,11 +178,16 @@ def look(
     (rows, columns), vision = model.config.grid, model.config.vlm_config.vision_config
     side = vision.patch_size * vision.spatial_merge_size
     views = prepare_scan(scan.root, scan.scene_id, model.config.views, (columns * side, rows * side), depth_size)
+    if noise is None:
+        noise = 0.0 if model.config.encoder3d == "pointmap" else model.config.encoder3d
     f2d, (geometry,), chosen = encode_views(model, views, scan.scene_id, [noise], keep)
     return {
         "f2d": f2d,
         "geometry": geometry,
         "poses": torch.as_tensor(views["poses"]),
+        "projections": patch_projections(
+            views["poses"], views["intrinsic_color"], views["color"].shape[2:0:-1], model.config.grid
+        ),
         "visual_index": chosen,
         "queries": [],
         "index": 0,
