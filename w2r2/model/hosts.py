@@ -155,6 +155,12 @@ def read_chat_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _attending(model: VGLLM, attention: str) -> VGLLM:
+    "The model in evaluation mode; the class around the VLM forgets its attention, and then nothing masks the future."
+    model.vlm.set_attn_implementation(attention)
+    return model.eval()
+
+
 def build_host(
     backbone: str
     | Path,  # a Qwen2.5-VL or Qwen3-VL, a VG-LLM, or what training has written: folder, or name on the hub
@@ -172,14 +178,14 @@ def build_host(
     folder, kind = _folder(backbone), getattr(torch, dtype)
     tokenizer, about = read_chat_tokenizer(folder), parse_json((folder / "config.json").read_bytes(), folder)
     if about.get("model_type") == VGLLMConfig.model_type:
-        return VGLLM.from_pretrained(folder, dtype=kind).eval(), tokenizer
+        return _attending(VGLLM.from_pretrained(folder, dtype=kind), attention), tokenizer
     arguments, vggt = ({}, None) if weights3d is None else read_vggt(weights3d)
     published = _published(folder)
     if published is not None:
         order = about.get("reference_frame", reference_frame)
         model = from_state_dict(published, AutoConfig.from_pretrained(folder), arguments, order).to(kind)
         model.config.views, model.config.frame_width = views, frame_width
-        return model, tokenizer
+        return _attending(model, attention), tokenizer
     if vggt is None:
         raise ValueError(f"{backbone} has no VGGT in it: name its weights, such as weights3d=facebook/VGGT-1B")
     vlm = _vlm(folder, kind, attention)
@@ -196,7 +202,7 @@ def build_host(
         model = VGLLM(config, vlm)
     check_tensors(vggt, model.vggt.state_dict())
     model.vggt.load_state_dict(vggt)
-    return model.to(kind).eval(), tokenizer
+    return _attending(model.to(kind), attention), tokenizer
 
 # %% ../../nbs/model/17_hosts.ipynb #97a57074
 def add_adapters(
