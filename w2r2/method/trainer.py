@@ -183,7 +183,7 @@ def last_checkpoint(
     "The newest complete checkpoint of a run, or None; a warning names each newer one that is not complete."
     for path in reversed(_checkpoints(folder)):
         try:
-            check_store(path, "it is written again")
+            check_store(path, "It is written again")
         except (FileNotFoundError, ScanNetError) as error:
             warnings.warn(f"checkpoint not used: {error}", stacklevel=2)
         else:
@@ -403,7 +403,7 @@ class W2R2Trainer(Trainer):
                 remove_checkpoint(other)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        check_store(resume_from_checkpoint, "resume from another checkpoint, or train from the beginning")
+        check_store(resume_from_checkpoint, "Resume from another checkpoint, or train from the beginning")
         if self.sharded or Path(resume_from_checkpoint, ADAPTER_SAFE_WEIGHTS_NAME).is_file():
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         # files have the names of the published Qwen weights: `from_pretrained` translates them, Trainer's own loading

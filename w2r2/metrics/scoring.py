@@ -8,6 +8,7 @@ __all__ = ['SCHEMAS', 'read_json', 'record_schema', 'compiled', 'check_records',
 
 # %% ../../nbs/metrics/07_scoring.ipynb #4d47404b
 import functools
+import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,13 +18,15 @@ from typing import NamedTuple
 import fastjsonschema
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from . import PROTOCOLS, measures
 from .accuracy import grounding_key
 from .dense_captions import object_key
 from .statistics import Measure
-from ..scans.files import ScanNetError, regular_file
+from ..scans.files import ScanNetError, check_weight, parse_json, regular_file
 from ..tasks.samples import SUBSETS, published_subset, read_scanqa, read_scanrefer
+from ..text import printable
 
 # %% ../../nbs/metrics/07_scoring.ipynb #aa581754
 def read_json(
@@ -31,33 +34,27 @@ def read_json(
 ):
     "The content of a JSON file, JSON lines as a list; raises `ScanNetError` naming the line that cannot be read."
     path = regular_file(path)
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON number")
-
-    def parse(text, where):
-        try:
-            return json.loads(text, parse_constant=refuse)
-        except (ValueError, RecursionError) as error:
-            raise ScanNetError(path, where, f"not JSON ({error})", "Export the file again") from None
-
     content = path.read_bytes()
     if path.suffix != ".jsonl":
-        return parse(content, "file")
-    return [parse(line, f"line {number}") for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+        return parse_json(content, path)
+    check_weight(content, path)
+    return [
+        parse_json(line, path, f"line {number}") for number, line in enumerate(io.BytesIO(content), 1) if line.strip()
+    ]
 
 # %% ../../nbs/metrics/07_scoring.ipynb #7b1c369f
 _ID, _TEXT = {"type": ["string", "integer"]}, {"type": "string"}
 
 
-def _many(n: int, items: dict) -> dict:
+def _many(n: int, items: dict | list) -> dict:
     return {"type": "array", "minItems": n, "maxItems": n, "items": items}
 
 
 _NUMBER = {"type": "number", "minimum": -1e6, "maximum": 1e6}
+_SIZES = [_NUMBER] * 3 + [_NUMBER | {"minimum": 0}] * 3
 _BOX = {
-    "description": "6 or 9 numbers, or 8 corners of 3 numbers, within a million metres",
-    "anyOf": [_many(6, _NUMBER), _many(9, _NUMBER), _many(8, _many(3, _NUMBER))],
+    "description": "6 or 9 numbers, no size negative, or 8 corners of 3 numbers, within a million metres",
+    "anyOf": [_many(6, _SIZES), _many(9, _SIZES + [_NUMBER] * 3), _many(8, _many(3, _NUMBER))],
 }
 _ANSWER = {"description": _BOX["description"] + ", or null", "anyOf": [{"type": "null"}, *_BOX["anyOf"]]}
 _FLAG = {"description": "0 or 1", "enum": [0, 1]}
@@ -299,7 +296,7 @@ class Score:
         )
         table = Table(
             title=f"{self.benchmark}, protocol {self.protocol}" + (f", IoU {self.k}" if self.k is not None else ""),
-            caption=caption,
+            caption=Text(printable(caption), "table.caption", justify="center"),  # no markup: it quotes keys of files
         )
         binomial = any(row.binomial for row in self.rows)
         for heading in ("figure", "value", "95 % interval") + ("binomial",) * binomial + ("n",):
@@ -362,6 +359,8 @@ def score(
 ) -> Score:
     """Score prediction files; raises `ScanNetError` for malformed files, `ValueError` for anything else that does not
     fit."""
+    if not 0 < k <= 1:
+        raise ValueError(f"k {k}: the overlap that counts as found is above 0 and at most 1")
     known, said = (None, []) if annotations is None else read_annotations(annotations, benchmark, protocol)
     if subset:
         if benchmark != "scanrefer" or known is None:

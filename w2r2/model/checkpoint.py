@@ -156,8 +156,13 @@ def read_bins(folder: str | Path) -> Bins:
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     "The tokenizer of a model; raises `ScanNetError`."
     path = Path(folder, "tokenizer.json")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        read_checkpoint_file(folder, name)
+    content, _ = (read_checkpoint_file(folder, name) for name in ("tokenizer.json", "tokenizer_config.json"))
+    words = content["model"].get("vocab")
+    numbers = [*words.values()] if isinstance(words, dict) else []
+    numbers += [token.get("id") if isinstance(token, dict) else None for token in content["added_tokens"]]
+    wrong = [number for number in numbers if type(number) is not int or not 0 <= number < len(numbers)]
+    if wrong and isinstance(words, dict):  # a list as long as the largest number would be made, or the process aborted
+        raise ScanNetError(path, "vocabulary", f"{str(wrong[0])[:40]} is no number of a token", _REMEDY)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises Exception itself

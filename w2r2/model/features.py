@@ -8,7 +8,7 @@ __all__ = ['Features', 'encode_views', 'encode', 'Ragged', 'Queries', 'tokenise'
 # %% ../../nbs/model/06_features.ipynb #888e856d
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,26 @@ from transformers import PreTrainedTokenizerBase
 
 from .encoders import encoder3d
 from .fused import FusedVLM
-from ..scans.files import atomic_write
+from ..scans.archives import read_npz
+from ..scans.files import ScanNetError, parse_json
 from ..scans.prepared import Prepared
 from ..scans.scan import Scan
+from w2r2.scans.stores import (
+    check_sources,
+    check_store,
+    new_array,
+    open_arrays,
+    read_manifest,
+    read_scenes,
+    write_store,
+)
 from ..scans.views import choose_frames, object_views
 from ..tasks.samples import TASKS, Task, read_samples
 
 # %% ../../nbs/model/06_features.ipynb #aea57eb4
+_REMEDY = "Run `dvc repro encode`"
+
+
 @dataclass(frozen=True)
 class Features:
     "Features of the scenes of a split; arrays are memory-mapped, and their first axis is the scene."
@@ -36,31 +49,33 @@ class Features:
     # (S, N) int16, increasing, then -1 if there are fewer: the patches shown to the language model
     visual_index: np.ndarray
     poses: np.ndarray  # (S, V, 4, 4) float64 camera-to-scan
+    made_from: dict[str, str] = field(default_factory=dict)  # "views": digest of the prepared views
 
     @classmethod
     def open(
         cls,
         folder: str | Path,
         noise: float = 0.0,  # level of `w2r2.model.encoders.reconstruct` of the geometry to use
+        prepared: Prepared | None = None,  # views that they must have been made from; None: do not ask
+        digest: bool = False,  # read all of it once, for a use that takes far longer than that
     ) -> "Features":
-        "Open what `encode` wrote; raises FileNotFoundError saying how to make it."
-        folder = Path(folder)
-        files = {name: folder / f"{name}.npy" for name in ("f2d", "visual_index", "poses")} | {
-            "geometry": _geometry(folder, noise)
-        }
-        if not (folder / "scenes.json").is_file() or not files["geometry"].is_file():
+        """Open what `encode` wrote; raises `FileNotFoundError` for what is not there and `ScanNetError` for what is not
+        what `encode` wrote, both saying how to make it."""
+        content, level = read_manifest(folder, _REMEDY), _geometry(noise)
+        if f"{level}.npy" not in content["files"]:
             raise FileNotFoundError(
                 f"{folder}: no features with geometry noise {noise}; add it to encode.noises in params.yaml and run "
                 f"`dvc repro encode`"
             )
-        return cls(
-            json.loads((folder / "scenes.json").read_text()),
-            **{name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in files.items()},
-        )
+        if prepared is not None:
+            check_sources(Path(folder), content, {"views": prepared.digest}, _REMEDY)
+        arrays = open_arrays(folder, ["f2d", "visual_index", "poses", level], content, _REMEDY, digest)
+        scenes = read_scenes(folder, content, arrays, _REMEDY)
+        return cls(scenes, geometry=arrays.pop(level), **arrays, made_from=content["made_from"])
 
 
-def _geometry(folder: Path, noise: float) -> Path:
-    return folder / f"geometry_{noise:g}.npy"
+def _geometry(noise: float) -> str:
+    return f"geometry_{noise:g}"
 
 # %% ../../nbs/model/06_features.ipynb #ea88b9ab
 def encode_views(
@@ -93,7 +108,7 @@ def _encode_scene(
         "f2d": f2d.numpy().astype(np.float16),
         "visual_index": index,
         "poses": views["poses"],
-        **{_geometry(Path(), noise).stem: part.numpy() for noise, part in zip(noises, geometry)},
+        **{_geometry(noise): part.numpy() for noise, part in zip(noises, geometry)},
     }
 
 
@@ -105,25 +120,21 @@ def encode(
     keep: int = 128,  # patches shown to the language model
     workers: int = 1,  # processes, one thread each
 ) -> Features:  # with the first of the noises
-    "Encode a split; raises ValueError for a scene without depth."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scenes.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
-    rows = Parallel(workers, return_as="generator")(
-        delayed(_encode_scene)(model, prepared, row, noises, keep) for row in range(len(prepared.scenes))
-    )
-    arrays = {}
-    for row, part in enumerate(tqdm(rows, f"features: {folder.name}", len(prepared.scenes), unit="scene")):
-        for name, array in part.items():
-            if row == 0:
-                arrays[name] = np.lib.format.open_memmap(
-                    folder / f"{name}.npy", "w+", array.dtype, (len(prepared.scenes), *array.shape)
-                )
-            arrays[name][row] = array
-    for array in arrays.values():
-        array.flush()
-    with atomic_write(folder / "scenes.json") as file:
-        file.write(json.dumps(prepared.scenes).encode())
+    """Encode a split; what was made replaces what the folder has when all is there. Raises `ValueError` for a scene
+    without depth, `OSError` for a disk that is too small."""
+    arrays, count = {}, len(prepared.scenes)
+    with write_store(folder, {"views": prepared.digest}) as whole:
+        rows = Parallel(workers, return_as="generator")(
+            delayed(_encode_scene)(model, prepared, row, noises, keep) for row in range(count)
+        )
+        for row, part in enumerate(tqdm(rows, f"features: {Path(folder).name}", count, unit="scene")):
+            for name, array in part.items():
+                if row == 0:
+                    arrays[name] = new_array(whole / f"{name}.npy", (count, *array.shape), array.dtype)
+                arrays[name][row] = array
+        for array in arrays.values():
+            array.flush()
+        (whole / "scenes.json").write_text(json.dumps(prepared.scenes))
     return Features.open(folder, noises[0])
 
 # %% ../../nbs/model/06_features.ipynb #ef807adc
@@ -146,6 +157,11 @@ class Ragged:
         return self.values[self.ends[row] : self.ends[row + 1]].tolist()
 
 # %% ../../nbs/model/06_features.ipynb #7c66bdb7
+_QUERIES = "queries.manifest.json"
+_COLUMNS = dict.fromkeys(["task", "scene", "objects", "view", "first"], ("i", 1)) | {"boxes": ("f", 2)}
+_COLUMNS |= dict.fromkeys(["prompts", "prompt_ends", "answers", "answer_ends"], ("i", 1))
+
+
 @dataclass(frozen=True)
 class Queries:
     "The queries of a split, all tasks in one table; `ids` and `answered` are as in `w2r2.tasks.samples.Sample`."
@@ -167,36 +183,44 @@ class Queries:
         "Accepted answers, tokenised; none for boxes."
         return [self.answers[row] for row in range(self.first[query], self.first[query + 1])]
 
+    @staticmethod
+    def _sources(folder: str | Path) -> dict[str, str]:
+        features = read_manifest(folder, _REMEDY)
+        return {"scenes": features["files"]["scenes.json"]["sha256"]} | features["made_from"]
+
     def save(self, folder: str | Path):
-        "Write to a folder."
-        folder = Path(folder)
-        np.savez(
-            folder / "queries.npz",
-            task=self.task,
-            scene=self.scene,
-            objects=self.objects,
-            view=self.view,
-            boxes=self.boxes,
-            first=self.first,
-            prompts=self.prompts.values,
-            prompt_ends=self.prompts.ends,
-            answers=self.answers.values,
-            answer_ends=self.answers.ends,
-        )
-        with atomic_write(folder / "queries.json") as file:
-            file.write(json.dumps(self.ids).encode())
+        "Write to the folder of the features of the same scenes."
+        with write_store(folder, self._sources(folder), _QUERIES) as part:
+            np.savez(
+                part / "queries.npz",
+                task=self.task,
+                scene=self.scene,
+                objects=self.objects,
+                view=self.view,
+                boxes=self.boxes,
+                first=self.first,
+                prompts=self.prompts.values,
+                prompt_ends=self.prompts.ends,
+                answers=self.answers.values,
+                answer_ends=self.answers.ends,
+            )
+            (part / "queries.json").write_text(json.dumps(self.ids))
 
     @classmethod
     def open(cls, folder: str | Path) -> "Queries":
-        "Read what `save` wrote."
+        """Read what `save` wrote; raises `FileNotFoundError` for what is not there and `ScanNetError` for what is not
+        what `save` wrote, or belongs to other scenes, both saying how to make it."""
         folder = Path(folder)
-        with np.load(folder / "queries.npz", allow_pickle=False) as file:
-            parts = dict(file)
-        prompts, answers = (
-            Ragged(parts.pop("prompts"), parts.pop("prompt_ends")),
-            Ragged(parts.pop("answers"), parts.pop("answer_ends")),
-        )
-        return cls(json.loads((folder / "queries.json").read_text()), prompts=prompts, answers=answers, **parts)
+        content = check_store(folder, _REMEDY, manifest=_QUERIES)
+        check_sources(folder / _QUERIES, content, cls._sources(folder), _REMEDY)
+        parts = read_npz(folder / "queries.npz", _COLUMNS, _REMEDY)
+        ids = parse_json((folder / "queries.json").read_bytes(), folder / "queries.json", remedy=_REMEDY)
+        prompts, answers = (Ragged(parts.pop(f"{name}s"), parts.pop(f"{name}_ends")) for name in ("prompt", "answer"))
+        read = cls(ids, prompts=prompts, answers=answers, **parts)
+        rows = {len(getattr(read, name)) for name in ("ids", "task", "scene", "objects", "view", "boxes", "prompts")}
+        if rows != {len(read.first) - 1} or read.first[-1] != len(answers):
+            raise ScanNetError(folder / "queries.npz", "rows", "the columns differ in length", _REMEDY)
+        return read
 
 # %% ../../nbs/model/06_features.ipynb #47cf0fce
 def tokenise(

@@ -92,8 +92,18 @@ def scene_of(
     return drawn if candidates is None else drawn | {"candidates": candidates.of(drawn)}
 
 # %% ../../nbs/model/07_scenes.ipynb #bfc6fa32
+def _belong(features: Features, queries: Queries, candidates: Shown | None):
+    if candidates is not None and candidates.candidates.scenes != features.scenes:
+        raise ValueError("the candidates are of other scenes than the features: collect them again")
+    if candidates is not None and candidates.candidates.made_from != features.made_from:
+        raise ValueError("the candidates were made from other views than the features: collect them again")
+    if len(queries) and queries.scene.max() >= len(features.scenes):
+        raise ValueError("the queries are of other scenes than the features: run `dvc repro encode`")
+
+
 class Scenes(Dataset):
-    "The scenes of a split, each with some of its queries. Queries about objects that no view shows are left out."
+    """The scenes of a split, each with some of its queries. Queries about objects that no view shows are left out.
+    Raises `ValueError` for candidates or queries of other scenes."""
 
     def __init__(
         self,
@@ -103,6 +113,7 @@ class Scenes(Dataset):
         seed: int = 0,
         intervention: Callable[[dict, np.random.Generator], dict] | None = None,  # see `w2r2.method.interventions`
         candidates: Shown | None = None,  # boxes to pick from
+        rows: np.ndarray | None = None,  # queries to draw from; their scenes are all there are. None: all
     ):
         self.features, self.queries, self.per_task, self.seed, self.intervention, self.epoch = (
             features,
@@ -113,7 +124,12 @@ class Scenes(Dataset):
             0,
         )
         self.candidates = candidates
+        _belong(features, queries, candidates)
         useful = (queries.view >= 0) | (queries.task == 2) & (np.diff(queries.first) > 0)
+        self.scenes = np.arange(len(features.scenes))
+        if rows is not None:
+            useful &= np.isin(np.arange(len(useful)), rows)
+            self.scenes = np.unique(queries.scene[rows])
         order = np.lexsort([queries.task, queries.scene])
         order = order[useful[order]]
         ends = np.searchsorted(
@@ -126,10 +142,11 @@ class Scenes(Dataset):
         self.epoch = epoch
 
     def __len__(self):
-        return len(self.features.scenes)
+        return len(self.scenes)
 
-    def __getitem__(self, scene: int) -> dict:
-        "Scene `scene` of this epoch, as from `scene_of`."
+    def __getitem__(self, place: int) -> dict:
+        "The scene at a place of this epoch, as from `scene_of`."
+        scene = int(self.scenes[place])
         rng = np.random.default_rng([self.seed, self.epoch, scene])
         several = self._rows[scene * len(TASKS) : (scene + 1) * len(TASKS)]
         chosen = np.concatenate([rng.permutation(rows)[:count] for rows, count in zip(several, self.per_task)])
@@ -218,7 +235,8 @@ def ask_all(
     at_most: int = 16,  # queries per sequence
     candidates: Shown | None = None,  # boxes to pick from
 ) -> list[dict]:  # scenes as from `scene_of`, without answers; shortest first, so that a batch pads little
-    "The scenes and queries to ask, grouped."
+    "The scenes and queries to ask, grouped; raises `ValueError` as `Scenes`."
+    _belong(features, queries, candidates)
     rows = np.asarray(rows)
     lengths = np.diff(queries.prompts.ends)[rows]
     rows = rows[np.lexsort([lengths, queries.scene[rows]])]

@@ -29,6 +29,7 @@ from ..scans.scan import Scan
 from ..study.diagnose import PASSES, attention_figure, attention_maps
 from ..study.predict import answer
 from ..tasks.samples import Task
+from ..text import html_text
 
 # %% ../../nbs/report/08_gallery.ipynb #05403077
 def choose(
@@ -163,7 +164,9 @@ def sheet(
     figure.get_layout_engine().set(h_pad=0.1)
     for part, example in zip(figure.subfigures(len(examples), 1, squeeze=False)[:, 0], examples):
         part.suptitle(
-            textwrap.fill(f"{example.scene_id}, {example.name}: “{example.text}”", 55 * len(arms)), fontsize=8
+            textwrap.fill(f"{example.scene_id}, {example.name}: “{example.text}”", 55 * len(arms)),
+            fontsize=8,
+            parse_math=False,
         )
         for arm, (left, right) in zip(arms, part.subplots(1, 2 * len(arms)).reshape(-1, 2)):
             boxes = {"truth": example.truth} | example.boxes[arm]
@@ -197,7 +200,7 @@ def page(
         }
         for name, box in these.items():
             boxes.append(box), names.append(name), colors.append(LINES[name]["color"])
-            texts.append("<br>".join([said[name], *textwrap.wrap(example.text, 50)]))
+            texts.append(f"{said[name]}\n{textwrap.fill(example.text, 50)}")
     figure = scan_figure(scan, poses, boxes=boxes, names=names, texts=texts, line_colors=colors)
     for trace, name in zip(figure.data[1:-1:2], names):
         trace.line.dash = DASHES[name]
@@ -208,10 +211,10 @@ def page(
     def visible(number):
         return [True, *(owner == number).tolist(), True]
 
-    titles = ["<br>".join(textwrap.wrap(f"{example.scene_id}: “{example.text}”", 70)) for example, *_ in shown]
+    titles = [html_text(textwrap.fill(f"{example.scene_id}: “{example.text}”", 70)) for example, *_ in shown]
     buttons = [
         {
-            "label": f"{example.name}, {arm}",
+            "label": html_text(f"{example.name}, {arm}"),
             "method": "update",
             "args": [{"visible": visible(number)}, {"title.text": titles[number]}],
         }

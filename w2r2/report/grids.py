@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .results import select
+from ..text import markdown_cell
 
 # %% ../../nbs/report/02_grids.ipynb #f4ef8db6
 SHOWN = [
@@ -181,7 +182,7 @@ def to_markdown(
     "A frame as a markdown table."
 
     def line(values):
-        return "| " + " | ".join(str(v).replace("|", "\\|") for v in values) + " |"
+        return "| " + " | ".join(map(markdown_cell, values)) + " |"
 
     return "\n".join([line(frame.columns), line(["---"] * frame.shape[1]), *map(line, frame.to_numpy())]) + "\n"
 

@@ -54,10 +54,10 @@ def read_matrix(
     path: str | Path,
 ) -> np.ndarray:  # (4, 4) float64
     "Reads sixteen numbers; raises `ScanNetError` for anything else. Infinities are left to the caller to judge."
+    if (size := regular_file(path).stat().st_size) > 4096:
+        raise ScanNetError(path, "size", f"{size:,} bytes are too many for sixteen numbers")
     try:
-        return np.array(regular_file(path).read_bytes()[:4096].split(), np.float64).reshape(4, 4)
-    except ScanNetError:
-        raise
+        return np.array(Path(path).read_bytes().split(), np.float64).reshape(4, 4)
     except ValueError as error:
         raise ScanNetError(path, "text", "is not four lines of four numbers") from error
 

@@ -6,6 +6,7 @@
 __all__ = ['projected_edges', 'broken_line', 'contact_sheet', 'scene_figure', 'scan_figure', 'save_page']
 
 # %% ../../nbs/scans/10_pictures.ipynb #90a3c4ff
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,10 +15,13 @@ import plotly.graph_objects as go
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from plotly.offline import get_plotlyjs
 
 from .cameras import project
+from .files import atomic_write
 from .geometry import EDGES, box_corners
 from .scan import Scan
+from ..text import html_text
 
 # %% ../../nbs/scans/10_pictures.ipynb #7c8d80be
 def projected_edges(
@@ -80,6 +84,7 @@ def contact_sheet(
                 va="bottom",
                 bbox={"facecolor": "black", "alpha": 0.55, "pad": 0.8, "edgecolor": "none"},
                 clip_on=True,
+                parse_math=False,
             )
         axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         axis.set_title(f"view {view}", fontsize=8, pad=2)
@@ -93,7 +98,7 @@ def scene_figure(
     colors: np.ndarray,  # (N, 3) uint8
     poses: np.ndarray = np.zeros((0, 4, 4)),  # (V, 4, 4) camera-to-world, drawn as small pyramids
     boxes: np.ndarray = np.zeros((0, 6)),  # (n, 6) [m]
-    names: list[str] = (),  # one per box: the legend
+    names: list[str] = (),  # one per box: the legend; plain text, as all that is shown, with line ends
     texts: list[str] = (),  # one per box: shown on hover; the names if not given
     line_colors: list[str] = (),  # one per box
     title: str = "",
@@ -118,7 +123,7 @@ def scene_figure(
     for number, (box, name) in enumerate(zip(boxes, names)):
         corners = box_corners(torch.as_tensor(box)).numpy()
         line = np.concatenate([np.r_[corners[edge], [[np.nan] * 3]] for edge in EDGES.numpy()]).round(4)
-        text = texts[number] if len(texts) else name
+        text, name = html_text(texts[number] if len(texts) else name), html_text(name)
         data.append(
             go.Scatter3d(
                 x=line[:, 0],
@@ -163,7 +168,7 @@ def scene_figure(
         )
     axis = {"showbackground": False, "gridcolor": "#dddddd"}
     layout = go.Layout(
-        title=title,
+        title=html_text(title),
         height=560,
         margin={"l": 0, "r": 0, "t": 40 if title else 0, "b": 0},
         scene={
@@ -196,10 +201,13 @@ def save_page(
     plotly: bool | str = True,
 ):
     "Write an interactive figure as a page that needs no network."
-    path = Path(path)
+    path, place = Path(path), re.sub(r"[^\w-]", "_", Path(path).stem, flags=re.ASCII)  # a name may hold a tag
     page = go.Figure(figure).update_layout(height=None, autosize=True)
-    page.write_html(
-        path, include_plotlyjs=plotly, div_id=path.stem, default_height="100vh", config={"responsive": True}
-    )
+    text = page.to_html(include_plotlyjs=plotly, div_id=place, default_height="100vh", config={"responsive": True})
+    script = path.with_name("plotly.min.js")
+    if plotly == "directory" and not script.is_file():
+        with atomic_write(script) as file:
+            file.write(get_plotlyjs().encode())
     head = '<head><meta name="viewport" content="width=device-width"><style>body {margin: 0}</style>'
-    path.write_text(path.read_text(encoding="utf-8").replace("<head>", head, 1), encoding="utf-8")
+    with atomic_write(path) as file:
+        file.write(text.replace("<head>", head, 1).encode())

@@ -7,7 +7,8 @@ __all__ = ['prepare_scan', 'Prepared', 'prepare']
 
 # %% ../../nbs/scans/09_prepared.ipynb #324b17dc
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,17 @@ from tqdm import tqdm
 
 from .annotations import read_split
 from .cameras import resize_intrinsic
-from .files import atomic_write
 from .scan import Scan
+from w2r2.scans.stores import (
+    MANIFEST,
+    new_array,
+    open_arrays,
+    read_manifest,
+    read_scenes,
+    sha256_of,
+    sha256_text,
+    write_store,
+)
 from .views import choose_frames, object_views
 
 # %% ../../nbs/scans/09_prepared.ipynb #e7d8ff9e
@@ -56,6 +66,9 @@ def _decode(scan: Scan, chosen: np.ndarray, views: int, color_size, depth_size) 
     return arrays
 
 # %% ../../nbs/scans/09_prepared.ipynb #bb6d9820
+_REMEDY = "Run `dvc repro prepare`"
+
+
 @dataclass(frozen=True)
 class Prepared:
     """The prepared views of a split: memory-mapped arrays whose first axis is the scene. Made by `prepare`, opened by
@@ -73,26 +86,18 @@ class Prepared:
     objects: np.ndarray  # (S, M) int32 object ids, ascending, then -1 where a scene has fewer
     boxes: np.ndarray  # (S, M, 6) float64 their boxes in the aligned frame [m], then NaN
     best: np.ndarray  # (S, M) int16 the view that shows each best; -1 if none does
+    digest: str  # of the manifest: whatever is made from these views says so by it
 
     @classmethod
     def open(cls, folder: str | Path) -> "Prepared":
-        """Open a prepared split without reading its arrays; raises `FileNotFoundError` for one that is not complete,
-        and ValueError for arrays that do not belong together, both saying how to make it."""
-        folder = Path(folder)
-        names = [field.name for field in fields(cls) if field.name != "scenes"]
-        missing = [
-            name for name in ("scenes.json", *(f"{name}.npy" for name in names)) if not (folder / name).is_file()
-        ]
-        if missing:
-            raise FileNotFoundError(f"{folder}: no prepared split, {missing[0]} is missing; run `dvc repro prepare`")
-        scenes = json.loads((folder / "scenes.json").read_text(encoding="utf-8"))
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
-        for name, array in arrays.items():
-            if len(array) != len(scenes):
-                raise ValueError(
-                    f"{folder}: {name}.npy holds {len(array)} of {len(scenes)} scenes; run `dvc repro prepare`"
-                )
-        return cls(scenes, **arrays)
+        """Open a prepared split without reading its arrays; raises `FileNotFoundError` for one that is not complete and
+        `ScanNetError` for files that are not those that `prepare` wrote, both saying how to make it."""
+        content = read_manifest(folder, _REMEDY)
+        arrays = open_arrays(
+            folder, [name for name, kind in cls.__annotations__.items() if kind is np.ndarray], content, _REMEDY
+        )
+        scenes = read_scenes(folder, content, arrays, _REMEDY)
+        return cls(scenes, **arrays, digest=sha256_of(Path(folder, MANIFEST)))
 
     def object_views(self) -> dict[str, dict[int, tuple[np.ndarray, int]]]:
         "Scene id -> the objects of the scene, as from `w2r2.scans.views.object_views`."
@@ -128,6 +133,16 @@ def _pad_objects(scenes: list[dict[int, tuple[np.ndarray, int]]]) -> dict[str, n
     return arrays
 
 
+def _sources(root, scenes: Iterable[str], *settings) -> dict[str, str]:
+    """Digests of what views are made from: the settings, and names and sizes of the files of the scans, whose contents
+    are too large to be read for it."""
+    listed = []
+    for scene in scenes:
+        with Scan(root, scene) as scan:
+            listed += sorted((file.name, file.stat().st_size) for file in scan.folder.iterdir() if file.is_file())
+    return {name: sha256_text(json.dumps(told)) for name, told in (("settings", settings), ("scans", listed))}
+
+
 def prepare(
     root: str | Path,  # of a ScanNet release
     scenes: list[str],  # scene ids, for example from `read_split`
@@ -138,26 +153,22 @@ def prepare(
     workers: int = 1,  # processes, one thread each
     sampling: str = "uniform",  # of frames, see `w2r2.scans.views.choose_frames`
 ) -> Prepared:
-    "Decode the views of many scans into one array per kind. Raises `ScanNetError` for a damaged scan."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scenes.json").unlink(missing_ok=True)  # it is written last: a folder that has it is complete
-    parts = Parallel(workers, return_as="generator")(
-        delayed(_prepare_scene)(root, scene, views, color_size, depth_size, sampling) for scene in scenes
-    )
+    """Decode the views of many scans into one array per kind, which replace those that the folder has when all are
+    there. Raises `ScanNetError` for a damaged scan, `OSError` for a disk that is too small."""
     arrays, shown = {}, []
-    for row, (part, objects) in enumerate(tqdm(parts, f"views: {folder.name}", len(scenes), unit="scene")):
-        shown.append(objects)
-        for name, array in part.items():
-            if row == 0:
-                arrays[name] = np.lib.format.open_memmap(
-                    folder / f"{name}.npy", "w+", array.dtype, (len(scenes), *array.shape)
-                )
-            arrays[name][row] = array
-    for array in arrays.values():
-        array.flush()
-    for name, array in _pad_objects(shown).items():
-        np.save(folder / f"{name}.npy", array)
-    with atomic_write(folder / "scenes.json") as file:
-        file.write(json.dumps(scenes).encode())
+    with write_store(folder, _sources(root, scenes, views, color_size, depth_size, sampling)) as part:
+        rows = Parallel(workers, return_as="generator")(
+            delayed(_prepare_scene)(root, scene, views, color_size, depth_size, sampling) for scene in scenes
+        )
+        for row, (found, objects) in enumerate(tqdm(rows, f"views: {Path(folder).name}", len(scenes), unit="scene")):
+            shown.append(objects)
+            for name, array in found.items():
+                if row == 0:
+                    arrays[name] = new_array(part / f"{name}.npy", (len(scenes), *array.shape), array.dtype)
+                arrays[name][row] = array
+        for array in arrays.values():
+            array.flush()
+        for name, array in _pad_objects(shown).items():
+            np.save(part / f"{name}.npy", array)
+        (part / "scenes.json").write_text(json.dumps(scenes))
     return Prepared.open(folder)

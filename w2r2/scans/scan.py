@@ -42,9 +42,9 @@ def vertex_objects(
     """Owner of each vertex: the last-listed object that contains its segment. Raises `ScanNetError` for a segment that
     no vertex has."""
     ids, segment = np.unique(segments, return_inverse=True)
-    owner = np.full(len(ids), -1, np.int64)
+    owner, known = np.full(len(ids), -1, np.int64), set(ids.tolist())
     for group in groups:
-        unknown = set(group.segments).difference(ids.tolist())
+        unknown = set(group.segments) - known
         if unknown:
             raise ScanNetError(
                 file,
@@ -115,7 +115,9 @@ class Scan:
 
     @cached_property
     def axis_alignment(self) -> np.ndarray:
-        "(4, 4) float64, scan frame to aligned frame; identity where the file has none, as in test scans."
+        "(4, 4) float64, scan frame to aligned frame; identity where the file of a scan without annotations has none."
+        if "axisAlignment" not in self.info and self.file(".aggregation.json").is_file():
+            raise ScanNetError(self.file(".txt"), "axisAlignment", "is missing; without it no box would be aligned")
         matrix = self.info.get("axisAlignment", np.eye(4))
         if (
             np.shape(matrix) != (4, 4)

@@ -9,7 +9,9 @@ __all__ = ['Run', 'effective', 'plan', 'file_digest', 'read_plan', 'remove_other
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -48,8 +50,9 @@ class Run:
         }
 
     def __str__(self):
+        named = [f"{name} {self.settings[name]}" for name in ("candidates", "regime") if name in self.settings]
         return ", ".join(
-            [self.arm]
+            [self.arm, *named]
             + [f"{name} {value:g}" for name, value in self.labels.items() if name != "arm" and value == value]
         )
 
@@ -58,12 +61,16 @@ class Run:
         root: str | Path,  # of all runs
         backbone: str | Path,  # folder of the model to start from
         features: str | Path,  # folder of the features of all splits
+        release: str | Path | None = None,  # root of the ScanNet release, for a run that is asked while it trains
     ) -> Job:
         "The run as work for `w2r2.study.jobs.execute`."
+        settings = {"run": self.settings, "backbone": str(backbone), "features": str(features)}
+        if release is not None and "candidates" in self.settings:
+            settings["root"] = str(release)
         return Job(
             str(self),
             "w2r2.study.finetuning:finetune",
-            {"run": self.settings, "backbone": str(backbone), "features": str(features)},
+            settings,
             Path(root) / self.place,
             self.settings["steps"],
         )
@@ -75,10 +82,12 @@ class Run:
         features: str | Path,  # folder of the features of all splits
         proposals: str | Path,  # folder of the proposals of all splits
         release: str | Path,  # root of the ScanNet release
-        dials: dict,  # `splits`, `per_task`, `slope_scenes`; see `w2r2.study.evaluation.evaluate`
+        dials: dict,  # `splits`, `per_task`, `slope_scenes`, see `w2r2.study.evaluation.evaluate`
         made_from: str = "",  # digest of code and test data
     ) -> Job:
         "The evaluation of the trained run."
+        if "candidates" in self.settings:
+            dials = dials | {"candidates": self.settings["candidates"]}
         settings = {
             "model": str(Path(trained) / self.place / "model"),
             "features": str(features),
@@ -110,7 +119,7 @@ def effective(
 
 def plan(
     params: dict,  # sections `w2r2` and `train` of params.yaml
-    inputs: dict | None = None,  # noise level -> digest of what a run on it reads
+    inputs: Callable[[dict], str] | None = None,  # settings of a run -> digest of what it reads
 ) -> list[Run]:
     """The runs of the chosen set, each arm and setting once; raises `ValueError` for a set, an arm or a sweep that the
     parameters do not have."""
@@ -124,11 +133,12 @@ def plan(
     runs = {}
     for block in entry("sets", params["train"]["set"]):
         points = [{block["sweep"]: value} for value in entry("sweeps", block["sweep"])] if "sweep" in block else [{}]
+        own = {name: value for name, value in block.items() if name not in ("arms", "noise", "seeds", "sweep")}
         for arm, noise, point, seed in product(block["arms"], block["noise"], points, range(block["seeds"])):
-            settings = params["w2r2"] | entry("arms", arm) | point
+            settings = params["w2r2"] | own | entry("arms", arm) | point
             steps = round(settings["steps"] * settings.pop("times", 1))
-            settings |= {"noise": noise, "steps": steps, "seed": seed} | ({"inputs": inputs[noise]} if inputs else {})
-            run = Run(arm, effective(settings))
+            settings |= {"noise": noise, "steps": steps, "seed": seed}
+            run = Run(arm, effective(settings | ({"inputs": inputs(settings)} if inputs else {})))
             runs[arm, run.key] = run
     return list(runs.values())
 
@@ -154,25 +164,26 @@ def read_plan(
     backbone: str | Path,  # folder of the model to start from
     features: str | Path,  # folder of the features of all splits
     arms: str = "",  # comma-separated: only these arms
+    section: str = "train",  # or "trial": of the file, with `set` and `sets`
+    chosen: str = "",  # in place of `set`
     **dials,  # in place of those in section `w2r2`; None leaves one as it is
 ) -> list[Run]:
     "The runs of an experiment, with what they are made from; raises `ValueError` as `plan`."
     params = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     params["w2r2"] |= {name: value for name, value in dials.items() if value is not None}
-    code, train = file_digest(backbone), Path(features, "train")
-    shared = file_digest(*(file for file in train.iterdir() if not file.name.startswith("geometry_")))
-    noises = {noise for block in params["train"]["sets"][params["train"]["set"]] for noise in block["noise"]}
-    inputs = {
-        noise: "-".join(
-            (
-                code_digest("w2r2.study.finetuning:finetune"),
-                code,
-                shared,
-                file_digest(train / f"geometry_{noise:g}.npy"),
-            )
-        )
-        for noise in noises
-    }
+    params["train"] |= {"set": chosen or params[section]["set"], "sets": params[section]["sets"]}
+    train, apart = Path(features, "train"), ("geometry_", "candidates_", "cue.")  # what only some runs read
+    common = [code_digest("w2r2.study.finetuning:finetune"), file_digest(backbone)]
+    kept = [file for file in sorted(train.iterdir()) if file.is_file() and "manifest" not in file.name]
+    common.append(file_digest(*(file for file in kept if not file.name.startswith(apart))))
+    digest = cache(file_digest)
+
+    def inputs(settings):
+        read = [f"geometry_{settings['noise']:g}.npy"]
+        read += [f"candidates_{settings['candidates']}.npz"] * ("candidates" in settings)
+        read += ["cue.npy"] * (settings.get("regime") == "biased")
+        return "-".join((*common, *(digest(train / name) for name in read)))
+
     wanted = [name.strip() for name in arms.split(",") if name.strip()]
     runs = plan(params, inputs)
     if unknown := set(wanted) - {run.arm for run in runs}:
@@ -190,17 +201,20 @@ def remove_others(
 # %% ../../nbs/study/08_experiments.ipynb #07dfc2aa
 def training_figures(
     log: list[dict],  # from `w2r2.study.finetuning.finetune`
+    candidates: str = "no",  # that the run picks among
 ) -> list[dict]:
     "The terms of the loss, averaged over the run, and those of its end."
     table = pd.DataFrame(log).select_dtypes("number")
     terms = [
-        name for name in table if name not in ("step", "epoch", "loss", "train_loss", "grad_norm", "learning_rate")
+        name
+        for name in table
+        if name not in ("step", "epoch", "loss", "train_loss", "grad_norm", "learning_rate") and "Acc@" not in name
     ]
     label = {
         "split": "train",
         "task": "training",
         "protocol": "w2r2",
-        "proposals": "no",
+        "proposals": candidates,
         "pass": "fused",
         "n": int(table["step"].max()),
     }
@@ -225,7 +239,8 @@ def collect(
     rows = []
     for number, (run, training, evaluation) in enumerate(zip(runs, trainings, evaluations, strict=True)):
         figures = evaluation.result
-        rows += [run.labels | figure for figure in (*figures, *training_figures(training.result))]
+        trained = training_figures(training.result, run.settings.get("candidates", "no"))
+        rows += [run.labels | figure for figure in (*figures, *trained)]
         folder = Path(scores, f"{number:03d}")
         folder.mkdir(parents=True)
         labels = {name: None if value != value else value for name, value in run.labels.items()}

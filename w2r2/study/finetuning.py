@@ -7,9 +7,10 @@ __all__ = ['Progress', 'Curves', 'finetune']
 
 # %% ../../nbs/study/06_finetuning.ipynb #a7eeebdb
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from dvclive import Live
 from transformers import TrainerCallback
@@ -22,6 +23,8 @@ from ..model.fusion import Fusion
 from ..model.scenes import Collator, Scenes, Shown
 from ..scans.files import settle
 from .jobs import check_one_thread
+from .regimes import training_rows
+from .watch import Asked, Watch
 from ..tasks.candidates import Candidates
 
 # %% ../../nbs/study/06_finetuning.ipynb #c6314a44
@@ -55,7 +58,7 @@ class Curves(TrainerCallback):
             self._write(state.log_history[-1])
 
     def _write(self, row: dict):
-        if "train_runtime" in row:  # the last entry is about the clock
+        if "train_runtime" in row or "fused Acc@0.25" in row:  # about the clock; from `Watch`
             return
         self.live.step = row["step"]
         for name, value in sorted(row.items()):  # a checkpoint keeps no other order
@@ -65,11 +68,12 @@ class Curves(TrainerCallback):
 
 
 def finetune(
-    settings: dict,  # "run": of `w2r2.study.experiments.Run`; "backbone", "features": folders
+    # "run": of `w2r2.study.experiments.Run`; "backbone", "features": folders; "root" of the release, for
+    # a run that picks and is asked at the steps `WATCHED`
+    settings: dict,
     folder: Path,  # the model goes to folder / "model", the curves to folder / "live"
     tell: Callable[[int], None],  # is told the number of steps done
-    watching: Sequence[TrainerCallback] = (),  # further callbacks
-) -> list[dict]:  # the training log: terms of the loss by name
+) -> list[dict]:  # the training log: terms of the loss by name, and where it was asked accuracies, see `Watch`
     "Fine-tune the backbone on the training scenes; raises `TypeError` for a setting that `W2R2Config` does not have."
     run = {name: value for name, value in settings["run"].items() if name != "inputs"}
     noise, steps, per_task = run.pop("noise"), run.pop("steps"), run.pop("per_task")
@@ -86,13 +90,19 @@ def finetune(
         model.config.fusion,
         model.config.zero,
     )
-    train, shown = Path(settings["features"], "train"), None
+    train, shown, callbacks = Path(settings["features"], "train"), None, [Progress(tell), Curves(Path(folder, "live"))]
+    features, queries = Features.open(train, noise, digest=True), Queries.open(train)
+    rows = None
+    if regime := run.pop("regime", None):
+        rows = training_rows(regime, queries, np.load(train / "cue.npy") if regime == "biased" else None)
     if source := run.pop("candidates", None):
         add_picks(model)
         shown = Shown.tokenised(Candidates.open(train / f"candidates_{source}.npz"), tokenizer)
-    scenes = Scenes(Features.open(train, noise), Queries.open(train), per_task, run["seed"], candidates=shown)
+        if root := settings.get("root"):
+            asked = Asked(root, settings["features"], "val", noise, source, tokenizer, 8, 65)
+            callbacks.append(Watch(asked, packer, tokenizer))
+    scenes = Scenes(features, queries, per_task, run["seed"], candidates=shown, rows=rows)
     args = W2R2Config(str(folder), max_steps=steps, save_total_limit=1, **run)
-    callbacks = [Progress(tell), Curves(Path(folder, "live")), *watching]
     trainer = W2R2Trainer(model, args, scenes, Collator(packer), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     save(model, tokenizer, packer.bins, Path(folder, "model"))

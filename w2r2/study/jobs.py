@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from ..machine import SWITCHES
 from ..scans.files import atomic_write, exclusive
+from ..scans.stores import sha256_text
 
 # %% ../../nbs/study/05_jobs.ipynb #f02ed504
 @dataclass(frozen=True)
@@ -60,7 +61,13 @@ class Job:
             found = json.loads((Path(self.folder) / "result.json").read_bytes())
         except (FileNotFoundError, ValueError, RecursionError):  # not there, or not whole: see `carry_out`
             return None
-        return found if isinstance(found, dict) and {"settings", "result"} <= found.keys() else None
+        if not isinstance(found, dict) or not {"settings", "result", "sha256"} <= found.keys():
+            return None
+        return found if found["sha256"] == _seal(found) else None
+
+
+def _seal(said: dict) -> str:
+    return sha256_text(json.dumps([said["settings"], said["result"]]))
 
 # %% ../../nbs/study/05_jobs.ipynb #2a206add
 ENVIRONMENT = SWITCHES | {
@@ -109,7 +116,8 @@ def carry_out(
         module, function = job.work.split(":")
         result = getattr(importlib.import_module(module), function)(job.settings, folder, tell)
         with atomic_write(folder / "result.json", durable=True) as file:
-            file.write(json.dumps({"settings": job.settings, "result": result}).encode())
+            said = {"settings": job.settings, "result": result}
+            file.write(json.dumps(said | {"sha256": _seal(said)}).encode())
 
 
 @contextmanager

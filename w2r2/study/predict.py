@@ -191,7 +191,9 @@ def read_words(
     text: str,
 ) -> list[int]:  # token ids
     """The tokens of a sentence, with a warning that names the words that the model does not know; raises ValueError for
-    a sentence without a known word."""
+    a sentence without a known word, or with half a character."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{text!r} has half a character (a lone surrogate): give the sentence in UTF-8")
     told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     unknown = [
         text[start:end]

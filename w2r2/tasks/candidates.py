@@ -7,15 +7,17 @@ __all__ = ['PLACES', 'STRUCTURE', 'MATCH', 'true_proposals', 'Candidates', 'cand
 
 # %% ../../nbs/tasks/03_candidates.ipynb #4577e5c5
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..scans.files import atomic_write
+from ..scans.archives import read_npz
+from ..scans.files import ScanNetError
 from ..scans.geometry import box_iou
 from ..scans.scan import Scan
+from ..scans.stores import check_store, write_store
 from .proposals import Proposals
 
 # %% ../../nbs/tasks/03_candidates.ipynb #e024ecd4
@@ -29,6 +31,10 @@ def true_proposals(scan: Scan) -> Proposals:
     return Proposals(boxes, [""] * len(boxes), np.ones(len(boxes)))
 
 # %% ../../nbs/tasks/03_candidates.ipynb #01f4a606
+_REMEDY = "Collect them with `w2r2.study.watch.gather_candidates`"
+_ARRAYS = {"scenes": ("U", 1), "labels": ("U", 1), "boxes": ("f", 3), "label": ("i", 2), "scores": ("f", 2)}
+
+
 @dataclass(frozen=True)
 class Candidates:
     "The candidates of a split; the first axis of the arrays is the scene."
@@ -38,6 +44,7 @@ class Candidates:
     labels: list[str]  # class names; "" where a source says none
     label: np.ndarray  # (S, C) place in `labels`
     scores: np.ndarray  # (S, C) confidence in 0..1; 1 where a source says none, 0 in an empty place
+    made_from: dict[str, str] = field(default_factory=dict)  # "views": digest of the prepared views
 
     @classmethod
     def collect(
@@ -45,6 +52,7 @@ class Candidates:
         scenes: Sequence[str],  # scene ids
         propose: Callable[[str], Proposals],  # of a scene id; best first if there are more than places
         places: int,  # C
+        made_from: dict[str, str] = {},
     ) -> "Candidates":
         "The first `places` proposals of every scene, shuffled by the number of the scene."
         boxes = np.full((len(scenes), places, 6), np.nan)
@@ -57,13 +65,14 @@ class Candidates:
                 if name not in labels:
                     labels.append(name)
                 label[row, place] = labels.index(name)
-        return cls(list(scenes), boxes, labels, label, scores)
+        return cls(list(scenes), boxes, labels, label, scores, dict(made_from))
 
     def save(self, path: str | Path):
-        "Write one file, an `.npz` without pickled objects."
-        with atomic_write(path) as file:
+        "Write one file, an `.npz` without pickled objects, and beside it a manifest."
+        path = Path(path)
+        with write_store(path.parent, self.made_from, path.with_suffix(".manifest.json").name) as part:
             np.savez(
-                file,
+                part / path.name,
                 scenes=np.array(self.scenes),
                 labels=np.array(self.labels),
                 boxes=self.boxes,
@@ -73,12 +82,18 @@ class Candidates:
 
     @classmethod
     def open(cls, path: str | Path) -> "Candidates":
-        "Read what `save` wrote; raises FileNotFoundError saying how to make it."
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such candidates; `w2r2.study.trial.gather_candidates` makes them")
-        with np.load(path, allow_pickle=False) as file:
-            parts = dict(file)
-        return cls(parts.pop("scenes").tolist(), labels=parts.pop("labels").tolist(), **parts)
+        """Read what `save` wrote; raises `FileNotFoundError` for what is not there and `ScanNetError` for what is not
+        what `save` wrote, both saying how to make it."""
+        path = Path(path)
+        content = check_store(path.parent, _REMEDY, manifest=path.with_suffix(".manifest.json").name)
+        parts = read_npz(path, _ARRAYS, _REMEDY)
+        read = cls(
+            parts.pop("scenes").tolist(), labels=parts.pop("labels").tolist(), **parts, made_from=content["made_from"]
+        )
+        shape = len(read.scenes), *read.label.shape[1:]
+        if read.boxes.shape != (*shape, 6) or read.label.shape != shape or read.scores.shape != shape:
+            raise ScanNetError(path, "arrays", "differ in their numbers of scenes or places", _REMEDY)
+        return read
 
 # %% ../../nbs/tasks/03_candidates.ipynb #8c5dc825
 MATCH = 0.25  # IoU above which a candidate fits a target

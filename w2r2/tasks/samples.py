@@ -20,7 +20,7 @@ from pathlib import Path
 import fastjsonschema
 import numpy as np
 
-from ..scans.files import ScanNetError, regular_file
+from ..scans.files import ScanNetError, parse_json, regular_file
 from ..shipped import DATA
 
 # %% ../../nbs/tasks/01_samples.ipynb #d226ed67
@@ -86,10 +86,7 @@ def read_records(
     """The records of a benchmark file; raises `ScanNetError` naming the record and the field that differs from the
     schema."""
     path, check = regular_file(path), fastjsonschema.compile(schema)
-    try:
-        records = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ScanNetError(path, "file", f"not JSON ({error})") from None
+    records = parse_json(path.read_bytes(), path)
     if not isinstance(records, list):
         raise ScanNetError(
             path,

@@ -1,0 +1,182 @@
+"""Damage, read, compare: python -m campaign.run --inputs 200000 --seed 0. Every input follows from the seed, its reader
+and its number. inputs.csv has a line for each reader, failures.jsonl one for each input that failed."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import limited
+import pandas as pd
+from campaign.targets import ALL, Target, make
+
+from w2r2.scans.files import ScanNetError
+
+SECONDS, BATCH = 10.0, 200  # a reader that takes longer hangs; inputs of one process
+OUTCOMES = ["refused", "harmless", "silent", "crashed", "hung", "memory"]
+CLEAN = ScanNetError, FileNotFoundError
+
+
+class Hung(BaseException):
+    "Raised in the reader by the clock."
+
+
+def damage(target: Target, seed: int, number: int) -> tuple[str, bytes, bytes]:
+    "The file that an input damages, its original, and what it becomes."
+    rng = random.Random(f"{seed} {target.name} {number}")
+    name = rng.choice(target.files)
+    original = (target.folder / name).read_bytes()
+    return name, original, rng.choice(target.mutators)(original, rng)
+
+
+def judge(target: Target, before: dict, name: str, original: bytes, damaged: bytes) -> tuple[str, str]:
+    "The outcome of reading, and what there is to say about it."
+    started = time.monotonic()
+    try:
+        after = target.read(target.folder)
+    except Hung:
+        return "hung", f"{time.monotonic() - started:.1f} s"
+    except MemoryError as error:
+        return "memory", str(error)
+    except Exception as error:
+        if isinstance(limited.root_of(error), MemoryError):
+            return "memory", str(error)
+        files = {Path(name).name, target.folder.name, Path(name).parent.name}
+        if isinstance(error, CLEAN) and any(part and part in str(error) for part in files):
+            return "refused", ""
+        return "crashed", f"{type(error).__name__}: {error}"[:300]
+    differing = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    if not differing:
+        return "harmless", ""
+    touched = target.touched(name, original, damaged)
+    if touched is None:
+        return "silent", f"read, though no other parser does; {sorted(map(str, differing))[:3]}"
+    others = set() if touched == ALL else differing - touched
+    return ("silent", f"{sorted(map(str, others))[:5]}") if others else ("harmless", "")
+
+
+def work(target: Target, seed: int, numbers: list[int], queue):
+    "A batch of inputs, in a process of its own with little memory; tells the outcome of each."
+    warnings.simplefilter("ignore")
+
+    def ring(*_):
+        raise Hung
+
+    signal.signal(signal.SIGALRM, ring)
+    before, hard = target.read(target.folder), resource.getrlimit(resource.RLIMIT_AS)[1]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    for number in numbers:
+        name, original, damaged = damage(target, seed, number)
+        path = target.folder / name
+        path.write_bytes(damaged)
+        queue.send((number, None))
+        room = 10 * max(len(damaged), len(original)) + 2**26
+        limited.forget_peak()
+        used, start = limited.resident(), time.monotonic()
+        resource.setrlimit(resource.RLIMIT_AS, (limited.address_space() + room, hard))
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            outcome, why = judge(target, before, name, original, damaged)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        seconds, peak = time.monotonic() - start, limited.resident("VmHWM") - used
+        path.write_bytes(original)
+        for left in target.folder.glob("result.damaged*"):
+            left.unlink()
+        queue.send((number, (name, outcome, why, seconds, max(peak, 0), room)))
+    queue.send((None, None))
+
+
+def batch(target: Target, seed: int, numbers: list[int]):
+    "The outcomes of a batch; an input that ends the process, or stops its clock, is told too, and the rest goes on."
+    context, waiting = multiprocessing.get_context("fork"), list(numbers)
+    while waiting:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=work, args=(target, seed, waiting, sender))
+        originals = {name: (target.folder / name).read_bytes() for name in target.files}
+        process.start()
+        sender.close()
+        current = None
+        while True:
+            try:
+                told = receiver.recv() if receiver.poll(3 * SECONDS + 60 * (current is None)) else "silence"
+            except EOFError:
+                told = "death"
+            if isinstance(told, str):
+                process.kill()
+                if current is None:
+                    raise RuntimeError(f"{target.name}: the original cannot be read")
+                outcome = "hung" if told == "silence" else "crashed"
+                yield current, ("", outcome, f"{told} of the process", 3 * SECONDS, 0, 0)
+                waiting.remove(current)
+                break
+            number, result = told
+            if number is None:
+                waiting = []
+                break
+            current = number
+            if result is not None:
+                yield number, result
+                waiting.remove(number)
+        process.join()
+        for name, content in originals.items():
+            if (target.folder / name).read_bytes() != content:
+                (target.folder / name).write_bytes(content)
+
+
+def campaign(inputs: int, seed: int, folder: Path, only: str = "") -> tuple[pd.DataFrame, list[dict]]:
+    "A line for each reader, and the inputs that failed."
+    targets = [target for target in make(folder) if only in target.name]
+    total, rows, failures = sum(target.share for target in targets), [], []
+    for target in targets:
+        count = max(1, round(inputs * target.share / total))
+        found, kinds = [], dict.fromkeys(OUTCOMES, 0)
+        for first in range(0, count, BATCH):
+            numbers = list(range(first, min(first + BATCH, count)))
+            for number, (name, outcome, why, seconds, peak, room) in batch(target, seed, numbers):
+                kinds[outcome] += 1
+                found.append((seconds, peak))
+                if outcome not in ("refused", "harmless"):
+                    label = {"reader": target.name, "seed": seed, "number": number, "file": name}
+                    failures.append(label | {"outcome": outcome, "why": why})
+        seconds, peaks = zip(*found)
+        rows.append(
+            {
+                "reader": target.name,
+                "inputs": count,
+                **kinds,
+                "slowest [s]": max(seconds),
+                "peak memory [MB]": max(peaks) / 2**20,
+            }
+        )
+        print(
+            " ".join(
+                f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in rows[-1].items()
+            ),
+            flush=True,
+        )
+    return pd.DataFrame(rows), failures
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inputs", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="readers whose name has this")
+    parser.add_argument("--reports", type=Path, default=Path("reports/campaign"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        table, failures = campaign(options.inputs, options.seed, Path(folder), options.only)
+    options.reports.mkdir(parents=True, exist_ok=True)
+    table.assign(seed=options.seed).to_csv(options.reports / "inputs.csv", index=False, float_format="%.3g")
+    text = "".join(json.dumps(failure) + "\n" for failure in failures)
+    (options.reports / "failures.jsonl").write_text(text)
