@@ -60,9 +60,8 @@ def answer_similarity(
 
 # %% ../../nbs/method/07_conversation_trainer.ipynb #3b899d98
 class ConversationTrainer(W2R2Trainer):
-    """Trains a `VGLLM` by Eq. 7. Sharded models have not been tried. Readings: `none`, `literal` and
-    `direct`; `push_every=n` pushes in every n-th step. Raises ValueError for other readings, and for terms that need
-    the geometry as points."""
+    """Trains a `VGLLM` by Eq. 7, sharded or not. Readings: `none`, `literal` and `direct`; `push_every=n` pushes in
+    every n-th step. Raises ValueError for other readings, and for terms that need the geometry as points."""
 
     def __init__(
         self,

@@ -22,13 +22,14 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.utils import logging
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
 from .alignment import Targets, align
 from .interventions import Interventions
 from .muon import StackedMuon
 from .objectives import READINGS, Push, deter
 from .reforming import Reforming, anchor_agreement, visual_attention
+from .sharding import check_shardable, shard_on_cpu
 from ..model.features import TASKS
 from ..model.fused import inputs_of
 from ..scans.files import ScanNetError
@@ -203,8 +204,9 @@ TRAIN_ONLY = "train_only.safetensors"  # in a checkpoint: what training needs an
 
 
 class W2R2Trainer(Trainer):
-    """Trains a `FusedVLM` by Eq. 7. For data-parallel training; the number of shortcut passes may differ between
-    processes, which sharded models do not allow."""
+    """Trains a `FusedVLM` by Eq. 7, on one process or several, each with the whole model or a part of it. A sharded
+    model makes the shortcut pass at every step, so that all processes make the same passes; see
+    `w2r2.method.sharding`. Raises ValueError for terms that sharded models do not allow."""
 
     def __init__(
         self,
@@ -221,6 +223,12 @@ class W2R2Trainer(Trainer):
             torch.manual_seed(args.seed)
             self.heads = Reforming(model.config).to(args.device) if args.reform else None
         self._begin()
+
+    def create_accelerator_and_postprocess(self):
+        "As in `Trainer`, and FSDP on the CPU too."
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled |= shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+        self.sharded = check_shardable(self.accelerator, self.args)
 
     def _begin(self):
         "What `Trainer` does not know of the loss and of its log."
@@ -279,8 +287,12 @@ class W2R2Trainer(Trainer):
         aligned = align(fused.logits, targets, items)
         loss, means, parts = aligned.loss, dict(aligned.logs), {"align": aligned.loss}
         scenes = self._pushed_on(len(targets.valid)).to(loss.device)
-        if args.reading != "none" and scenes.any():
-            pushed, activations = self._push(model, fused.logits, targets, scenes, items)
+        if args.reading != "none" and (self.sharded or scenes.any()):
+            some = scenes if scenes.any() else torch.arange(len(scenes), device=scenes.device) == 0
+            pushed, activations = self._push(model, fused.logits, targets, some, items)
+            if not scenes.any():
+                nothing = {name: 0 * value for name, value in pushed.logs.items()}
+                pushed, activations = pushed._replace(loss=0 * pushed.loss, logs=nothing), {}
             loss = loss + args.lam * pushed.loss
             parts |= pushed.logs
             means |= activations
@@ -308,6 +320,7 @@ class W2R2Trainer(Trainer):
             logits,
             self.args.reading,
             self.args.mu,
+            gated=not self.sharded,
             scenes=None if scenes.all() else scenes,
             items=items / self.args.push_every,
         )
@@ -391,6 +404,8 @@ class W2R2Trainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_store(resume_from_checkpoint, "Resume from another checkpoint, or train from the beginning")
+        if self.sharded or Path(resume_from_checkpoint, ADAPTER_SAFE_WEIGHTS_NAME).is_file():
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         # files have the names of the published Qwen weights: `from_pretrained` translates them, Trainer's own loading
         # would skip them with a warning
         self.model.load_state_dict(

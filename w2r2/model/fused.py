@@ -168,6 +168,14 @@ class FusedVLM(PreTrainedModel):
         if self.additions is not None:
             self.additions.object.requires_grad_(False)
 
+    def get_input_embeddings(self) -> nn.Module:
+        "The word embedding of the language model; FSDP and peft ask for it."
+        return self.vlm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        "The output layer of the language model, which may be tied to its word embedding."
+        return self.vlm.get_output_embeddings()
+
     @classmethod
     def from_vlm(
         cls,
