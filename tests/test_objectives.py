@@ -200,7 +200,7 @@ def test_gradient_is_finite_and_where_it_should_be(reading):
         )
         assert pushed.loss.isfinite() and all(value.isfinite() for value in pushed.logs.values())
         assert (gradients[1] is not None) == READINGS[reading].gradient and (gradients[0] is not None) == (
-            reading in ("agreement", "reweight", "poe")
+            reading in ("agreement", "reweight", "poe", "reward", "weighted reward", "divergence")
         )
         assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
 

@@ -72,6 +72,7 @@ class VGLLM(FusedVLM):
     config_class = VGLLMConfig
 
     def __init__(self, config: VGLLMConfig, vlm: PreTrainedModel | None = None):
+        attention = None if vlm is None else vlm.config._attn_implementation
         super(FusedVLM, self).__init__(config)  # Phi of the class above has a fixed grid
         self.vlm = vlm if vlm is not None else AutoModelForImageTextToText.from_config(config.vlm_config)
         self.vggt = Aggregator(**config.aggregator or {})
@@ -81,6 +82,10 @@ class VGLLM(FusedVLM):
         self.additions = None
         self.post_init()
         self.freeze()
+        if (
+            attention is not None
+        ):  # the line that takes the configuration over forgets it, and attention would see ahead
+            self.vlm.set_attn_implementation(attention)
 
     def freeze(self):
         "No gradient into the two encoders."

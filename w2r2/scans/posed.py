@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONVENTIONS', 'PosedImage', 'PosedRecording', 'pinhole', 'rectified', 'read_color', 'read_depth', 'to_opencv',
-           'from_opencv', 'check_rigid', 'agreement', 'convention_agreement', 'camera_up', 'check_convention',
+           'from_opencv', 'check_rigid', 'depth_agreement', 'convention_agreement', 'camera_up', 'check_convention',
            'cameras_picture']
 
 # %% ../../nbs/scans/20_posed.ipynb #c933368c
@@ -152,7 +152,7 @@ def check_rigid(
     return poses
 
 # %% ../../nbs/scans/20_posed.ipynb #257c376e
-def agreement(
+def depth_agreement(
     depths: Sequence[np.ndarray],  # (V) of (h, w) [m], 0 = no measurement
     intrinsics: Sequence[np.ndarray],  # (V) of (4, 4), of the depth images [pixels]
     poses: np.ndarray,  # (V, 4, 4) camera-to-world [m]
@@ -186,7 +186,7 @@ def convention_agreement(
     cameras = [resize_intrinsic(i.intrinsic, i.size, depth.shape[::-1]) for i, depth in zip(chosen, depths)]
     poses = np.stack([image.pose for image in chosen])
     poses[:, :3, 3] *= recording.scale or 1.0
-    return {name: agreement(depths, cameras, to_opencv(poses, name)) for name in CONVENTIONS}
+    return {name: depth_agreement(depths, cameras, to_opencv(poses, name)) for name in CONVENTIONS}
 
 # %% ../../nbs/scans/20_posed.ipynb #489212b4
 def camera_up(
