@@ -18,7 +18,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .encoders import encoder3d
+from .encoders import ENCODERS, encoder3d
 from .fused import FusedVLM
 from .imvoxelnet import patch_projections
 from ..scans.archives import read_npz
@@ -100,12 +100,13 @@ def geometry_file(
 def geometry_encoder(
     noise: float | str,  # level of noise of sensor depth; or "vggt", "vggt-posed", "vggt-latent", "fields=FOLDER"
     grid: tuple[int, int],  # rows and columns of patches in a view
+    name: str = "pointmap",  # of the encoder of sensor depth, one of `w2r2.model.encoders.ENCODERS`
 ):
-    """The encoder that makes it: `w2r2.model.encoders.Pointmap` at a level of noise,
+    """The encoder that makes it: `w2r2.model.encoders.Pointmap`, or one of one's own, at a level of noise,
     `w2r2.model.vggt_encoder.VGGTPoints` with no option, `posed`, or `latent`, or `w2r2.model.fields.FieldFeatures`.
     Raises ValueError for a name that is none of these."""
     if not isinstance(noise, str):
-        return encoder3d("pointmap", grid=grid, noise=noise)
+        return encoder3d(name if name in ENCODERS else "pointmap", grid=grid, noise=noise)
     name, _, folder = noise.partition("=")
     if name == "fields" and folder:
         return encoder3d("fields", grid=grid, folder=folder)
@@ -126,7 +127,8 @@ def encode_views(
 ]:  # (P, d) F2D, (P, g) F3D of each regime, (N,) patches shown, increasing
     "What the model sees of a scene; raises ValueError for one without what an encoder needs."
     f2d, given = model.encode_images(views["color"]), views | {"scene_id": scene_id}
-    geometry = [geometry_encoder(noise, tuple(model.config.grid))(given, int(scene_id[5:9])) for noise in noises]
+    encoders = [geometry_encoder(noise, tuple(model.config.grid), model.config.encoder3d) for noise in noises]
+    geometry = [encoder(given, int(scene_id[5:9])) for encoder in encoders]
     there = geometry[0].isfinite().all(1).nonzero()[:, 0]
     return f2d, geometry, there[model.choose_patches(f2d[there], keep)]
 

@@ -40,6 +40,7 @@ GLOSSARY = {
         "reward": "the expected IoU of the fused answer is trained beside the alignment loss (metric reward)",
         "weighted reward": "the same, weighted by Eq. 6: less for what the shortcut pass answers",
         "divergence": "the fused answer is pushed away from that of the shortcut pass, up to a bound",
+        "volume": "features of a voxel volume (ImVoxelNet) beside the points of F3D, learned with Phi",
         "2D dropout": "control: a share of the training scenes is shown without 2D features",
         "3D dropout": "control: a share of the training scenes is shown without geometry",
     },
