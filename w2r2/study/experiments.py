@@ -185,8 +185,10 @@ def read_plan(
 
     def inputs(settings):
         read = [geometry_file("", settings["noise"]).name]
-        read += [f"candidates_{settings['candidates']}.npz"] * ("candidates" in settings)
-        read += ["cue.npy"] * (settings.get("regime") == "biased")
+        if "candidates" in settings:
+            read.append(f"candidates_{settings['candidates']}.npz")
+        if settings.get("regime") == "biased":
+            read.append("cue.npy")
         return "-".join((*common, *(digest(train / name) for name in read)))
 
     wanted = [name.strip() for name in arms.split(",") if name.strip()]
