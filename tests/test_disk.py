@@ -113,7 +113,7 @@ def open_path():
 def test_folders_that_cannot_be_written_to(open_path, monkeypatch, capsys):
     tmp_path, locked = open_path, open_path / "locked"
     training.prepare_views(SAMPLES, ["scene9000_00"], locked / "views", 2, (112, 84), (80, 60))
-    (tmp_path / "counted.py").write_text("def work(settings, folder, tell):\n    return 7\n")
+    (tmp_path / "counted_disk.py").write_text("def work(settings, folder, tell):\n    return 7\n")
     monkeypatch.syspath_prepend(tmp_path)
     before = {path: path.read_bytes() for path in locked.rglob("*") if path.is_file()}
     for path in (locked, *locked.rglob("*")):
@@ -126,11 +126,11 @@ def test_folders_that_cannot_be_written_to(open_path, monkeypatch, capsys):
         with pytest.raises(PermissionError, match="locked/views"):
             training.prepare_views(SAMPLES, ["scene9001_00"], locked / "views", 2, (112, 84), (80, 60))
         with pytest.raises(PermissionError, match="locked/job"):
-            execute([Job("job", "counted:work", {}, locked / "job")], workers=0)
+            execute([Job("job", "counted_disk:work", {}, locked / "job")], workers=0)
     complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("w2r2")]
     assert len(complaints) == 2 and all("Permission denied" in line and str(locked) in line for line in complaints)
     assert {path: path.read_bytes() for path in locked.rglob("*") if path.is_file()} == before
     for path in (locked, *locked.rglob("*")):
         os.chmod(path, 0o755 if path.is_dir() else 0o644)
-    job = Job("job", "counted:work", {}, locked / "job")
+    job = Job("job", "counted_disk:work", {}, locked / "job")
     assert execute([job], workers=0) == 1 and job.result == 7

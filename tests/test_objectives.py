@@ -123,12 +123,15 @@ def by_loops(batch, fused, short, mu, sigma, weight):
         if box is not None:
             agreed = box_iou_soft(answer(fused, scene, tokens)[3], box)
             z = coordinate_rows(short, tokens).log_softmax(-1)
+            missed, said = 1 - answer(fused, scene, tokens)[0], coordinate_rows(fused, tokens).log_softmax(-1)
+            apart = (said.exp() * (said - z)).sum(-1).clamp(max=1.0)
+            away = (-0.1 * (said.exp() * said).sum(-1) - apart).mean()
             flat = (1 / BINS.count * (-np.log(BINS.count) - z)).sum(-1).mean() / np.log(BINS.count)
         else:
             agreed = sum(
                 fused[row].softmax(-1)[short[row].argmax()] for row, label in tokens if short[row].argmax() != label
             ) / len(tokens)
-            flat = 0.0
+            flat = missed = away = 0.0
         what = [(row, label) for row, label in tokens if PACKER.slots(torch.tensor(label)) < 1]
         out[scene, query] = {
             "alignment": align_loss,
@@ -144,6 +147,9 @@ def by_loops(batch, fused, short, mu, sigma, weight):
             "poe": loss(fused.log_softmax(-1) + short.log_softmax(-1), tokens),
             "whatwhere": loss(short, what) + flat,
             "counterfactual": max(0, s - mu) if box is not None else 0.0,
+            "reward": missed,
+            "weighted reward": (1 - max(0, s - mu) / (1 - mu)) * missed,
+            "divergence": away,
         }
     return out
 

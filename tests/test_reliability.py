@@ -106,9 +106,9 @@ def test_a_checkpoint_with_a_file_missing_or_cut_is_not_resumed_from(encoded, tm
 
 @pytest.mark.parametrize("content", ["", '{"settings": {', "[]", '{"settings": {}}'])
 def test_a_result_that_is_not_whole_is_set_aside_and_done_again(tmp_path, monkeypatch, content):
-    (tmp_path / "counted.py").write_text("def work(settings, folder, tell):\n    return 7\n")
+    (tmp_path / "counted_whole.py").write_text("def work(settings, folder, tell):\n    return 7\n")
     monkeypatch.syspath_prepend(tmp_path)
-    job = Job("job", "counted:work", {}, tmp_path / "job")
+    job = Job("job", "counted_whole:work", {}, tmp_path / "job")
     job.folder.mkdir()
     (job.folder / "result.json").write_text(content)
     (job.folder / ".result.json.77.part").touch()
