@@ -45,7 +45,7 @@ def noisiest(
     values: Iterable,  # levels of noise and names
 ) -> float | str:
     "The highest level of noise; a name only where there is no level."
-    return max(set(values), key=lambda noise: (not isinstance(noise, str), noise))
+    return max(set(values), key=lambda noise: (not isinstance(noise, str), noise), default=np.nan)
 
 
 def geometry_label(noise: float | str) -> str:
