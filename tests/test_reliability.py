@@ -57,17 +57,6 @@ def test_a_model_that_is_not_as_it_was_saved_is_refused(tmp_path, capsys, name, 
     assert said.lower() in complaint.lower() and str(folder) in complaint and len(complaint.splitlines()) == 1
 
 
-@pytest.fixture(scope="module")
-def encoded(tmp_path_factory):
-    "Encoded sample scenes, and one thread."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    path = tmp_path_factory.mktemp("training")
-    training.prepare(path)
-    yield path
-    torch.set_num_threads(threads)
-
-
 RUN = dict(max_steps=3, per_device_train_batch_size=2, save_steps=1, logging_steps=1)
 
 

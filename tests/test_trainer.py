@@ -19,14 +19,8 @@ SCRIPT = str(Path(training.__file__))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    "Encoded sample scenes, and one thread."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    path = tmp_path_factory.mktemp("training")
-    training.prepare(path)
-    yield path
-    torch.set_num_threads(threads)
+def folder(encoded):
+    return encoded
 
 
 def start(command: list[str], folder: Path, name: str, settings: dict) -> subprocess.CompletedProcess:

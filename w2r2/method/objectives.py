@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'BOUND', 'ENTROPY', 'Reading', 'Push', 'push', 'constant_visual', 'shortcut_pass', 'deter',
-           'hinge_penalty', 'score_penalty', 'agreement', 'reweight', 'poe', 'whatwhere', 'counterfactual', 'reward',
-           'weighted_reward', 'divergence']
+           'hinge_penalty', 'score_penalty', 'agreement', 'weight_left', 'reweight', 'poe', 'whatwhere', 'of_boxes',
+           'counterfactual', 'reward', 'weighted_reward', 'divergence']
 
 # %% ../../nbs/method/02_objectives.ipynb #463ee457
 import math
@@ -86,11 +86,10 @@ def push(
     if spec.penalty is None:
         zero = fused_logits.new_zeros(())
         return Push(zero, zero, torch.zeros_like(targets.valid), {"deterrence": zero, "activation": zero})
-    if not spec.shortcut:
-        s = targets.valid.new_zeros(targets.valid.shape, dtype=torch.float)
-    else:
-        s = similarity(shortcut_logits if spec.gradient else shortcut_logits.detach(), targets)
+    s = torch.zeros_like(targets.valid, dtype=torch.float)
+    if spec.shortcut:
         shortcut_logits = shortcut_logits if spec.gradient else shortcut_logits.detach()
+        s = similarity(shortcut_logits, targets)
     value, active, terms = spec.penalty(s, fused_logits, shortcut_logits, targets, mu)
     active = active & targets.valid
     values = {"deterrence": value, "activation": active.float(), "shortcut_similarity": s, **terms}
@@ -243,13 +242,14 @@ READINGS["agreement"] = Reading(
 )
 
 # %% ../../nbs/method/02_objectives.ipynb #19437b63
+def weight_left(s, mu):
+    "1 up to the margin, falling to 0 for a shortcut that answers perfectly."
+    return 1 - (s - mu).clamp(min=0) / (1 - mu)
+
+
 def reweight(s, fused, shortcut, targets, mu):
     "The alignment loss, less of it for what the shortcut can answer."
-    return (
-        (1 - (s - mu).clamp(min=0) / (1 - mu)) * query_losses(adapted_cross_entropy(fused, targets), targets),
-        s > mu,
-        {},
-    )
+    return weight_left(s, mu) * query_losses(adapted_cross_entropy(fused, targets), targets), s > mu, {}
 
 
 READINGS["reweight"] = Reading(
@@ -285,11 +285,15 @@ READINGS["whatwhere"] = Reading(
 )
 
 # %% ../../nbs/method/02_objectives.ipynb #c7baf8be
+def of_boxes(values, targets):
+    "(B, Q) the values of boxes and picks, and 0 for words."
+    flat = values.flatten()
+    return per_query(flat[targets.grounded], values.new_zeros(len(targets.words)), targets, flat[targets.picked])
+
+
 def counterfactual(s, fused, shortcut, targets, mu):
     "The hinge of boxes; right words stay right when the geometry moves."
-    flat = s.flatten()
-    of_boxes = per_query(flat[targets.grounded], s.new_zeros(len(targets.words)), targets, flat[targets.picked])
-    return hinge_penalty(of_boxes, fused, shortcut, targets, mu)
+    return hinge_penalty(of_boxes(s, targets), fused, shortcut, targets, mu)
 
 
 READINGS["counterfactual"] = Reading(
@@ -302,15 +306,9 @@ READINGS["counterfactual"] = Reading(
 )
 
 # %% ../../nbs/method/02_objectives.ipynb #bb6b83f5
-def _of_boxes(s, targets):
-    "(B, Q) s of boxes and picks, and 1 for words."
-    flat = s.flatten()
-    return per_query(flat[targets.grounded], s.new_ones(len(targets.words)), targets, flat[targets.picked])
-
-
 def reward(s, fused, shortcut, targets, mu):
     "One minus the expected IoU of the fused answer."
-    return 1 - _of_boxes(similarity(fused, targets), targets), targets.valid, {}
+    return of_boxes(1 - similarity(fused, targets), targets), targets.valid, {}
 
 
 READINGS["reward"] = Reading(
@@ -324,8 +322,7 @@ READINGS["reward"] = Reading(
 
 def weighted_reward(s, fused, shortcut, targets, mu):
     "The same, less of it for what the shortcut can answer."
-    weight = 1 - (s - mu).clamp(min=0) / (1 - mu)
-    return weight * reward(s, fused, shortcut, targets, mu)[0], s > mu, {}
+    return weight_left(s, mu) * reward(s, fused, shortcut, targets, mu)[0], s > mu, {}
 
 
 READINGS["weighted reward"] = Reading(

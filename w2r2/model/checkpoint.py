@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .fused import FusedConfig, FusedVLM
 from .fusion import METHODS
 from .packing import Packer
-from ..scans.files import ScanNetError, parse_json
+from ..scans.files import ScanNetError, parse_json, read_checked
 from ..tasks.answers import Bins
 
 # %% ../../nbs/model/05_checkpoint.ipynb #cc7a6c20
@@ -123,13 +123,7 @@ def read_checkpoint_file(
     path = Path(folder, name)
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: has no {name}; name the folder of a model, such as data/rooms-tiny")
-    content = parse_json(path.read_bytes(), path, remedy=_REMEDY)
-    try:
-        fastjsonschema.compile(CHECKPOINT_SCHEMAS[name])(content)
-    except fastjsonschema.JsonSchemaValueException as error:
-        where = ".".join(error.path[1:]) or "file"
-        raise ScanNetError(path, where, error.message.replace(error.name, "it", 1), _REMEDY) from None
-    return content
+    return read_checked(path, fastjsonschema.compile(CHECKPOINT_SCHEMAS[name]), _REMEDY)
 
 # %% ../../nbs/model/05_checkpoint.ipynb #0c9dbcbe
 def read_config(folder: str | Path) -> FusedConfig:

@@ -20,7 +20,7 @@ from torch import nn
 from .fused import FusedVLM
 from .judging import Judge, Points, gather_votes
 from .voting import Cells, Voter, cell_pixels
-from ..scans.files import ScanNetError, parse_json
+from ..scans.files import ScanNetError, read_checked
 from ..scans.geometry import box_iou
 from ..scans.prepared import Prepared, prepare_scan
 from ..scans.stores import sha256_of
@@ -102,11 +102,7 @@ class Detector(nn.Module):
                 raise FileNotFoundError(
                     f"{folder}: has no {path.name}; name the folder of a detector, such as data/rooms-detector"
                 )
-        found = parse_json(config.read_bytes(), config, remedy=_REMEDY)
-        try:
-            _FORM(found)
-        except fastjsonschema.JsonSchemaValueException as error:
-            raise ScanNetError(config, ".".join(error.path[1:]) or "file", error.message, _REMEDY) from None
+        found = read_checked(config, _FORM, _REMEDY)
         if sha256_of(weights) != found.pop("sha256"):
             raise ScanNetError(weights, "content", "is not what config.json has the digest of", _REMEDY)
         try:

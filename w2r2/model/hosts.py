@@ -156,7 +156,7 @@ def read_chat_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _attending(model: VGLLM, attention: str) -> VGLLM:
-    "The model in evaluation mode; the class around the VLM forgets its attention, and then nothing masks the future."
+    "The model in evaluation mode, with the attention that was asked for."
     model.vlm.set_attn_implementation(attention)
     return model.eval()
 

@@ -20,7 +20,7 @@ from torch import nn
 from .vggt import Aggregator
 from .vggt_heads import CameraHead, DPTHead, decode_cameras
 from ..scans.cameras import back_project
-from ..scans.files import ScanNetError, parse_json
+from ..scans.files import ScanNetError, read_checked
 
 # %% ../../nbs/model/18_vggt_model.ipynb #bd819155
 @dataclass
@@ -162,13 +162,10 @@ def load_vggt(
         raise FileNotFoundError(
             f"{folder}: has no model.safetensors; name the folder of a VGGT, such as data/rooms-vggt"
         )
-    config = parse_json(path.read_bytes(), path, remedy=_VGGT_REMEDY) if path.is_file() else {}
+    config = read_checked(path, fastjsonschema.compile(VGGT_SCHEMA), _VGGT_REMEDY) if path.is_file() else {}
     try:
-        fastjsonschema.compile(VGGT_SCHEMA)(config)
         with torch.device("meta"):
             wanted = {name: value.shape for name, value in VGGT(**config).state_dict().items()}
-    except fastjsonschema.JsonSchemaValueException as error:
-        raise ScanNetError(path, ".".join(error.path[1:]) or "file", error.message, _VGGT_REMEDY) from None
     except (ValueError, RuntimeError, ZeroDivisionError) as error:  # numbers that make no model
         raise ScanNetError(path, "values", f"describe no model ({error})", _VGGT_REMEDY) from None
     found = _vggt_weights(weights, wanted)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCENE_ID', 'MAX_SIDE', 'MAX_PIXELS', 'MAX_SCANS', 'MAX_NOTES', 'MAX_EXPANSION', 'ScanNetError', 'regular_file',
-           'check_weight', 'parse_json', 'settle', 'naming', 'atomic_write', 'exclusive', 'inside', 'scene_folder',
-           'open_image', 'decode_image']
+           'check_weight', 'parse_json', 'read_checked', 'settle', 'naming', 'atomic_write', 'exclusive', 'inside',
+           'scene_folder', 'open_image', 'decode_image']
 
 # %% ../../nbs/scans/02_files.ipynb #22546d2d
 import contextlib
@@ -15,9 +15,10 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import fastjsonschema
 from filelock import FileLock, Timeout
 from PIL import Image
 
@@ -95,6 +96,20 @@ def parse_json(
     except (ValueError, RecursionError) as error:
         raise ScanNetError(file, where, f"not JSON ({error})", remedy) from None
     return value
+
+
+def read_checked(
+    path: str | Path,
+    check: Callable,  # a schema compiled by fastjsonschema
+    remedy: str = "Export the file again",
+):
+    "The strict JSON of a file that fits a schema; raises `ScanNetError` naming the field that does not."
+    content = parse_json(Path(path).read_bytes(), path, remedy=remedy)
+    try:
+        return check(content)
+    except fastjsonschema.JsonSchemaValueException as error:
+        where = ".".join(error.path[1:]) or "file"
+        raise ScanNetError(path, where, error.message.replace(error.name, "it", 1), remedy) from None
 
 # %% ../../nbs/scans/02_files.ipynb #5c3dd4c7
 def settle(

@@ -19,7 +19,7 @@ from pathlib import Path
 import fastjsonschema
 import numpy as np
 
-from .files import ScanNetError, atomic_write, naming, parse_json, settle
+from .files import ScanNetError, atomic_write, naming, parse_json, read_checked, settle
 
 # %% ../../nbs/scans/12_stores.ipynb #70446654
 MANIFEST = "manifest.json"
@@ -114,12 +114,7 @@ def read_manifest(
     path = Path(folder, manifest)
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: has no {manifest}, so it is not complete. {remedy}.")
-    content = parse_json(path.read_bytes(), path, remedy=remedy)
-    try:
-        _FORM(content)
-    except fastjsonschema.JsonSchemaValueException as error:
-        raise ScanNetError(path, ".".join(error.path[1:]) or "file", error.message, remedy) from None
-    return content
+    return read_checked(path, _FORM, remedy)
 
 
 def check_file(

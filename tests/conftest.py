@@ -1,0 +1,17 @@
+"Fixtures that several files share."
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    "Encoded sample scenes, and one thread."
+    import torch  # here: many files need neither
+    import training
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("training")
+    training.prepare(path)
+    yield path
+    torch.set_num_threads(threads)
