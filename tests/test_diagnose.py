@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from w2r2.model.backbone import build_tokenizer, tiny_config
+from w2r2.model.backbone import build_tokenizer
 from w2r2.model.encoders import Pointmap
-from w2r2.model.fused import FusedConfig, FusedVLM
+from w2r2.model.examples import tiny_model
 from w2r2.model.packing import Packer
 from w2r2.model.scenes import Collator
 from w2r2.rooms.release import RECIPES
@@ -38,15 +38,7 @@ def world():
     task, and their views."""
     tokenizer = build_tokenizer(["the chair", "the table"])
     packer = Packer.of(tokenizer, Bins())
-    torch.manual_seed(0)
-    model = FusedVLM(
-        FusedConfig(
-            vlm_config=tiny_config(tokenizer),
-            embedding_additions=True,
-            answer_token_id=packer.opening[0],
-            first_bin=packer.first_bin,
-        )
-    ).eval()
+    model = tiny_model(tokenizer, packer).eval()
     scenes, pictures = [], []
     for index, name in enumerate(NAMES):
         views = prepare_scan(SAMPLES, name, 6, (112, 84), (80, 60))

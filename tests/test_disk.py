@@ -16,7 +16,7 @@ import training
 from safetensors.torch import load_file
 
 from w2r2.cli import main
-from w2r2.scans.prepared import Prepared
+from w2r2.scans.prepared import Prepared, prepare
 from w2r2.study.jobs import Job, execute
 
 SAMPLES = training.SAMPLES
@@ -75,15 +75,16 @@ def test_a_command_that_finds_a_full_disk_says_where_and_leaves_nothing(tmp_path
 @pytest.mark.parametrize("room", [0, 1000, 200_000])
 def test_a_full_disk_leaves_the_views_of_before(tmp_path, room):
     folder, names = tmp_path / "views", ["scene9000_00", "scene9001_00"]
-    training.prepare_views(SAMPLES, names[:1], folder, 2, (112, 84), (80, 60))
+    prepare(SAMPLES, names[:1], folder, 2, (112, 84), (80, 60))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    code = "import sys, training as t; t.prepare_views(t.SAMPLES, sys.argv[2:], sys.argv[1], 6, (112, 84), (80, 60))"
+    code = "import sys, training as t; from w2r2.scans.prepared import prepare as p; "
+    code += "p(t.SAMPLES, sys.argv[2:], sys.argv[1], 6, (112, 84), (80, 60))"
     run = with_little_room(
         room, "-c", f"import sys; sys.path[:0] = [{os.path.dirname(__file__)!r}]; {code}", folder, *names
     )
     assert run.returncode == 1 and f"File too large: '{folder}" in run.stderr, run.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert training.prepare_views(SAMPLES, names, folder, 6, (112, 84), (80, 60)).scenes == names
+    assert prepare(SAMPLES, names, folder, 6, (112, 84), (80, 60)).scenes == names
 
 
 def test_training_goes_on_after_a_full_disk(encoded):
@@ -112,7 +113,7 @@ def open_path():
 
 def test_folders_that_cannot_be_written_to(open_path, monkeypatch, capsys):
     tmp_path, locked = open_path, open_path / "locked"
-    training.prepare_views(SAMPLES, ["scene9000_00"], locked / "views", 2, (112, 84), (80, 60))
+    prepare(SAMPLES, ["scene9000_00"], locked / "views", 2, (112, 84), (80, 60))
     (tmp_path / "counted_disk.py").write_text("def work(settings, folder, tell):\n    return 7\n")
     monkeypatch.syspath_prepend(tmp_path)
     before = {path: path.read_bytes() for path in locked.rglob("*") if path.is_file()}
@@ -124,7 +125,7 @@ def test_folders_that_cannot_be_written_to(open_path, monkeypatch, capsys):
         assert main(["rooms", str(locked / "release"), "--share", "0.002"]) == 2
         assert main(["show", "scene9000_00", "--root", str(release), "--html", str(locked / "page.html")]) == 2
         with pytest.raises(PermissionError, match="locked/views"):
-            training.prepare_views(SAMPLES, ["scene9001_00"], locked / "views", 2, (112, 84), (80, 60))
+            prepare(SAMPLES, ["scene9001_00"], locked / "views", 2, (112, 84), (80, 60))
         with pytest.raises(PermissionError, match="locked/job"):
             execute([Job("job", "counted_disk:work", {}, locked / "job")], workers=0)
     complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("w2r2")]

@@ -10,8 +10,9 @@ import torch
 from w2r2.method.alignment import Targets, adapted_cross_entropy, align, query_losses, similarity
 from w2r2.method.interventions import displace
 from w2r2.method.objectives import READINGS, deter, push, shortcut_pass
-from w2r2.model.backbone import build_tokenizer, tiny_config
-from w2r2.model.fused import INPUTS, FusedConfig, FusedVLM
+from w2r2.model.backbone import build_tokenizer
+from w2r2.model.examples import tiny_model
+from w2r2.model.fused import INPUTS
 from w2r2.model.packing import Packer
 from w2r2.scans.geometry import box_iou, box_iou_soft
 from w2r2.tasks.answers import Bins
@@ -224,15 +225,7 @@ def test_gradient_of_direct_is_that_of_the_hinge():
 
 @pytest.fixture(scope="module")
 def world():
-    torch.manual_seed(0)
-    model = FusedVLM(
-        FusedConfig(
-            vlm_config=tiny_config(TOKENIZER),
-            embedding_additions=True,
-            answer_token_id=PACKER.opening[0],
-            first_bin=PACKER.first_bin,
-        )
-    )
+    model = tiny_model(TOKENIZER, PACKER)
     batch = make(3, scenes=4, kinds=[0, 1, 2, 0])
     world = SimpleNamespace(model=model, batch=batch, targets=Targets(batch, BINS, PACKER.first_bin))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)

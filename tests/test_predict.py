@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from w2r2.cli import main
-from w2r2.model.backbone import build_tokenizer, tiny_config
-from w2r2.model.fused import FusedConfig, FusedVLM
+from w2r2.model.backbone import build_tokenizer
+from w2r2.model.examples import tiny_model
 from w2r2.model.packing import Packer
 from w2r2.rooms import release as rooms
 from w2r2.study.predict import answer
@@ -28,14 +28,7 @@ def setting():
     bins = Bins(count=160, width=(0.055, 0.055, 0.0225, 0.015, 0.015, 0.015))
     tokenizer = build_tokenizer((record["description"] for record in records), bins)
     packer = Packer.of(tokenizer, bins)
-    config = FusedConfig(
-        vlm_config=tiny_config(tokenizer),
-        embedding_additions=True,
-        answer_token_id=packer.opening[0],
-        first_bin=packer.first_bin,
-    )
-    torch.manual_seed(0)
-    model = FusedVLM(config).eval()
+    model = tiny_model(tokenizer, packer).eval()
     rng = np.random.default_rng(0)
     prompts = [tokenizer(record["description"])["input_ids"] for record in records]
     missing = torch.full((6,), torch.nan, dtype=torch.float64)

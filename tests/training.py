@@ -12,53 +12,22 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from w2r2.method.trainer import W2R2Config, W2R2Trainer, last_checkpoint
-from w2r2.model.backbone import build_tokenizer, tiny_config
-from w2r2.model.features import Features, Queries, encode, tokenise
-from w2r2.model.fused import FusedConfig, FusedVLM
+from w2r2.model.examples import example, tiny_model
+from w2r2.model.features import Features, Queries
 from w2r2.model.packing import Packer
 from w2r2.model.scenes import Collator, Scenes
-from w2r2.scans.prepared import prepare as prepare_views
 from w2r2.study.jobs import check_one_thread
 from w2r2.tasks.answers import Bins
-from w2r2.tasks.samples import read_scanqa, read_scanrefer
 
 SAMPLES = Path(__file__).parents[1] / "data/samples"
 BINS = Bins(count=120, low=(-6.6, -1.1, -3.3, 0.0, 0.0, 0.0), width=(0.11, 0.11, 0.055, 0.04, 0.04, 0.04))
 
 
-def fresh(tokenizer: PreTrainedTokenizerFast, packer: Packer) -> FusedVLM:
-    "A tiny model that has learned nothing."
-    torch.manual_seed(0)
-    return FusedVLM(
-        FusedConfig(
-            vlm_config=tiny_config(tokenizer),
-            embedding_additions=True,
-            answer_token_id=packer.opening[0],
-            first_bin=packer.first_bin,
-        )
-    )
-
-
 def prepare(folder: Path):
     "Features and queries of the sample scenes."
-    names = [f"scene900{number}_00" for number in range(4)]
-    described, asked = (
-        read_scanrefer(SAMPLES / "scanrefer/ScanRefer_filtered_samples.json", names)[0],
-        read_scanqa(SAMPLES / "scanqa/ScanQA_v1.0_samples.json", names)[0],
-    )
-    tokenizer = build_tokenizer(
-        [record["description"] for record in described]
-        + [text for record in asked for text in (record["question"], *record["answers"])],
-        BINS,
-    )
-    tokenizer.save_pretrained(folder)
-    encode(
-        fresh(tokenizer, Packer.of(tokenizer, BINS)).eval(),
-        prepare_views(SAMPLES, names, folder / "views", 6, (112, 84), (80, 60)),
-        folder,
-        keep=48,
-    )
-    tokenise(SAMPLES, "samples", names, tokenizer).save(folder)
+    made = example(folder, bins=BINS, keep=48)
+    made.tokenizer.save_pretrained(folder)
+    made.queries.save(folder / "features")
 
 
 class Kill(TrainerCallback):
@@ -76,8 +45,8 @@ def resumable(folder: Path, args: W2R2Config, callbacks: list | None = None) -> 
     "A trainer of a model that has learned nothing, on the scenes that `prepare` encoded."
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     collator = Collator(Packer.of(tokenizer, BINS))
-    scenes = Scenes(Features.open(folder), Queries.open(folder), per_task=(4, 1, 1))
-    return W2R2Trainer(fresh(tokenizer, collator.packer), args, scenes, collator, callbacks=callbacks)
+    scenes = Scenes(Features.open(folder / "features"), Queries.open(folder / "features"), per_task=(4, 1, 1))
+    return W2R2Trainer(tiny_model(tokenizer, collator.packer), args, scenes, collator, callbacks=callbacks)
 
 
 def train(folder: Path, name: str, settings: dict, kill: int = 0) -> W2R2Trainer:
