@@ -115,6 +115,7 @@ class Scenes(Dataset):
         intervention: Callable[[dict, np.random.Generator], dict] | None = None,  # see `w2r2.method.interventions`
         candidates: Shown | None = None,  # boxes to pick from
         rows: np.ndarray | None = None,  # queries to draw from; their scenes are all there are. None: all
+        clean: Features | None = None,  # of the same scenes with better geometry, for `w2r2.method.reforming`
     ):
         self.features, self.queries, self.per_task, self.seed, self.intervention, self.epoch = (
             features,
@@ -124,7 +125,7 @@ class Scenes(Dataset):
             intervention,
             0,
         )
-        self.candidates = candidates
+        self.candidates, self.clean = candidates, clean
         _belong(features, queries, candidates)
         useful = (queries.view >= 0) | (queries.task == 2) & (np.diff(queries.first) > 0)
         self.scenes = np.arange(len(features.scenes))
@@ -154,6 +155,8 @@ class Scenes(Dataset):
         known = np.diff(self.queries.first)[chosen]
         answers = rng.integers(0, np.maximum(known, 1)).tolist()
         drawn = scene_of(self.features, self.queries, scene, chosen, answers, self.candidates)
+        if self.clean is not None:
+            drawn["clean"] = torch.from_numpy(self.clean.geometry[scene].copy())
         return self.intervention(drawn, rng) if self.intervention else drawn
 
 # %% ../../nbs/model/07_scenes.ipynb #0eacd605

@@ -97,7 +97,8 @@ def finetune(
         if root := settings.get("root"):
             asked = Asked(root, settings["features"], "val", noise, source, tokenizer, 8, 65)
             callbacks.append(Watch(asked, packer, tokenizer))
-    scenes = Scenes(features, queries, per_task, run["seed"], candidates=shown, rows=rows)
+    clean = Features.open(train, 0.0, digest=True) if run.pop("privileged", False) else None
+    scenes = Scenes(features, queries, per_task, run["seed"], candidates=shown, rows=rows, clean=clean)
     args = W2R2Config(str(folder), max_steps=steps, save_total_limit=1, **run)
     trainer = W2R2Trainer(model, args, scenes, Collator(packer), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
