@@ -148,8 +148,8 @@ def displace(
     shift: tuple[float, float, float] = SHIFT,  # see `draw`
     scale: float = SCALE,
 ) -> dict[str, torch.Tensor]:  # another batch, which shares all but `geometry` and what goes with it
-    """do(F3D) on each scene of a batch, with a shift and a scale of its own. `boxes` stay as they are; `moved_boxes` (B, Q,
-    6) is where they are now [m]."""
+    """do(F3D) on each scene of a batch, with a shift and a scale of its own. `boxes` stay as they are; `moved_boxes`
+    (B, Q, 6) is where they are now [m]."""
     poses, given, padding = batch["poses"], batch["geometry"], batch["visual_index"][..., None] < 0
     shifts = (torch.randn(len(given), 3, dtype=torch.float64) * torch.tensor(shift)).to(poses)
     scales = ((2 * torch.rand(len(given), dtype=torch.float64) - 1) * scale).exp().to(poses)

@@ -330,8 +330,8 @@ def anchored_counterfactual(s, fused, moved, targets, mu):
     "The true box above the moved one, the reverse where the geometry has moved, and the true box not below a floor."
     if len(targets.picks):
         raise ValueError(
-            "reading 'anchored counterfactual' compares boxes that are said; a pick names the same candidate before and "
-            "after the move"
+            "reading 'anchored counterfactual' compares boxes that are said; a pick names the same candidate before "
+            "and after the move"
         )
     scenes = targets.grounded // targets.size[1]
     poses = targets.batch["poses"][scenes, targets.labels[targets.rows[:, 0] - 1] - targets.first_bin]

@@ -98,7 +98,8 @@ class Packer:
     ) -> dict[str, torch.Tensor]:
         """The batch: `input_ids`, `segment`, `labels`, `answer_slot` (B, T); `position_ids` (3, B, T); `visual_index`
         (B, N), -1 where padded; `f2d`, `geometry` (B, N, ...); `poses`; with candidates also `pick` (B, T), where a
-        query picks one; where the scenes have it `clean` (B, N, g), geometry that the model is not shown; with a volume also `maps` (B, V, rows, columns, d), F2D of all patches, and `projections`."""
+        query picks one; where the scenes have it `clean` (B, N, g), geometry that the model is not shown;
+        with a volume also `maps` (B, V, rows, columns, d), F2D of all patches, and `projections`."""
         rows = [self._sequence(scene) for scene in scenes]
 
         def stack(values, fill):
