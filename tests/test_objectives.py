@@ -151,6 +151,7 @@ def by_loops(batch, fused, short, mu, sigma, weight):
             "reward": missed,
             "weighted reward": (1 - max(0, s - mu) / (1 - mu)) * missed,
             "divergence": away,
+            "guide": loss(short, tokens) + loss(fused.log_softmax(-1) + short.log_softmax(-1), tokens),
         }
     return out
 
@@ -174,7 +175,9 @@ def test_equal_to_loops(seed):
         for key, value in expected.items():
             assert values[key].item() == pytest.approx(float(value[name]), abs=2e-5), (name, key)
         assert (values[~targets.valid] == 0).all()
-    for name in READINGS:
+    for name in set(READINGS) - {
+        "anchored counterfactual"
+    }:  # which compares with where a displaced batch has its boxes
         pushed = push(name, fused, short, targets, mu)
         assert pushed.loss.item() == pytest.approx(
             np.mean([float(value[name]) for value in expected.values()]), abs=2e-5
@@ -186,6 +189,7 @@ def test_equal_to_loops(seed):
 
 def test_no_answers():
     batch = make(0, kinds=[3, 3])
+    batch["moved_boxes"] = batch["boxes"]
     targets = Targets(batch, BINS, PACKER.first_bin)
     nothing = torch.zeros(0, len(TOKENIZER), requires_grad=True)
     for name in READINGS:
@@ -196,7 +200,8 @@ def test_no_answers():
 
 @pytest.mark.parametrize("reading", [name for name, spec in READINGS.items() if spec.penalty])
 def test_gradient_is_finite_and_where_it_should_be(reading):
-    targets = Targets(make(1, kinds=[0, 1, 2]), BINS, PACKER.first_bin)
+    batch = make(1, kinds=[0, 1, 2])
+    targets = Targets(batch | {"moved_boxes": batch["boxes"]}, BINS, PACKER.first_bin)
     for scale in (0.0, 1.0, 1000.0):  # undecided, usual, and so certain that probabilities are 0 and 1
         fused, short = (((scale * random_logits(targets, seed)).requires_grad_()) for seed in (0, 1))
         pushed = push(reading, fused, short, targets, 0.0)
@@ -207,7 +212,11 @@ def test_gradient_is_finite_and_where_it_should_be(reading):
         )
         assert pushed.loss.isfinite() and all(value.isfinite() for value in pushed.logs.values())
         assert (gradients[1] is not None) == READINGS[reading].gradient and (gradients[0] is not None) == (
-            reading in ("agreement", "reweight", "poe", "reward", "weighted reward", "divergence")
+            reading
+            in (
+                *("agreement", "reweight", "poe", "guide", "reward", "weighted reward", "divergence"),
+                "anchored counterfactual",
+            )
         )
         assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
 

@@ -66,7 +66,8 @@ def test_stage_passes_parameters_that_the_notebook_declares(stage):
 def test_every_set_can_be_planned(file):
     params, known = (
         PARAMS[file],
-        {field.name for field in fields(W2R2Config)} | {"steps", "times", "per_task", "fusion", "zero", "volume"},
+        {field.name for field in fields(W2R2Config)}
+        | {"steps", "times", "per_task", "fusion", "zero", "volume", "privileged"},
     )
     for name in params["train"]["sets"]:
         runs = plan(params | {"train": params["train"] | {"set": name}})

@@ -37,6 +37,8 @@ def move(
     geometry, poses = scene["geometry"], scene["poses"]
     patch = torch.arange(len(geometry)) // (len(geometry) // len(poses))
     moved = {**scene, "geometry": move_geometry(geometry[None], patch[None], poses[None], *do)[0]}
+    if "clean" in scene:
+        moved["clean"] = move_geometry(scene["clean"][None], patch[None], poses[None], *do)[0]
     if "projections" in scene:
         moved["projections"] = move_projections(scene["projections"][None], poses[None], *do)[0]
     if move_target and "candidates" in scene:
@@ -93,6 +95,8 @@ class Interventions:
     shift: tuple[float, float, float] = SHIFT  # see `draw`
     scale: float = SCALE
     bins: Bins = Bins()
+    mark: int = -1  # token put before the prompts of a scene that moves with its answers; -1 = none
+    tokens: int = 0  # visual tokens that a scene keeps, drawn at random; 0 = all
 
     def __post_init__(self):
         for first, second in (("intervene", "disturb"), ("drop2d", "drop3d")):
@@ -116,6 +120,9 @@ class Interventions:
             drawn = draw(scene, rng, self.bins, self.shift, self.scale)
             if drawn:
                 scene = move(scene, *drawn, move_target=name == "intervene")
+                if name == "intervene" and self.mark >= 0:
+                    marked = [{**query, "prompt": [self.mark, *query["prompt"]]} for query in scene["queries"]]
+                    scene = {**scene, "queries": marked}
             else:
                 name = "out of range"
         scene = {
@@ -124,6 +131,9 @@ class Interventions:
             "drop2d": bool(dropped < self.drop2d),
             "drop3d": bool(1 - dropped <= self.drop3d),
         }
+        if self.tokens:
+            index = scene["visual_index"]
+            scene["visual_index"] = index[np.sort(rng.permutation(len(index))[: self.tokens])]
         if not scene["drop2d"]:
             return scene
         blank = {"f2d": torch.zeros_like(scene["f2d"])}
@@ -137,8 +147,9 @@ def displace(
     patches: int = 48,  # of a view
     shift: tuple[float, float, float] = SHIFT,  # see `draw`
     scale: float = SCALE,
-) -> dict[str, torch.Tensor]:  # another batch, which shares all but `geometry`
-    "do(F3D) on each scene of a batch, with a shift and a scale of its own."
+) -> dict[str, torch.Tensor]:  # another batch, which shares all but `geometry` and what goes with it
+    """do(F3D) on each scene of a batch, with a shift and a scale of its own. `boxes` stay as they are; `moved_boxes`
+    (B, Q, 6) is where they are now [m]."""
     poses, given, padding = batch["poses"], batch["geometry"], batch["visual_index"][..., None] < 0
     shifts = (torch.randn(len(given), 3, dtype=torch.float64) * torch.tensor(shift)).to(poses)
     scales = ((2 * torch.rand(len(given), dtype=torch.float64) - 1) * scale).exp().to(poses)
@@ -147,6 +158,8 @@ def displace(
     displaced = {**batch, "geometry": torch.where(padding, given, moved)}
     if "projections" in batch:
         displaced["projections"] = move_projections(batch["projections"], poses, shifts, scales, centre)
+    if "boxes" in batch:
+        displaced["moved_boxes"] = move_boxes(batch["boxes"].to(poses), shifts, scales, centre)
     if "candidate_boxes" in batch:
         displaced["candidate_boxes"] = move_boxes(batch["candidate_boxes"], shifts, scales, centre)
         displaced["candidate_place"] = seen_from_first(displaced["candidate_boxes"], poses)

@@ -54,9 +54,10 @@ class Reforming(nn.Module):
             return ((values * weight).sum(1) / weight.sum(1).clamp(min=1e-6)).mean()
 
         points, looks = self.where(fused[:, place]), self.what(fused[:, place])
-        distance = smooth_l1_loss(points, batch["geometry"][..., 12:15].to(points), reduction="none", beta=0.25).sum(-1)
+        right = batch.get("clean", batch["geometry"])[..., 12:16].to(points)
+        distance = smooth_l1_loss(points, right[..., :3], reduction="none", beta=0.25).sum(-1)
         terms = {
-            "where": mean(distance, valid * with3d * batch["geometry"][..., 15].to(points)),
+            "where": mean(distance, valid * with3d * right[..., 3]),
             "what": mean(1 - cosine_similarity(looks, f2d.to(looks), dim=-1), valid * f2d.any(-1)),
         }
         if shortcut is None:

@@ -59,6 +59,11 @@ class W2R2Config(TrainingArguments):
     drop3d: float = field(default=0.0, metadata={"help": "Share of scenes without F3D (control)."})
     reform: float = field(default=0.0, metadata={"help": "Weight of the re-forming loss, of the fused pass."})
     anchors: float = field(default=0.0, metadata={"help": "Weight of the loss on attention anchors."})
+    mark: int = field(
+        default=-1, metadata={"help": "Token put before the prompts of scenes with an intervention; -1 = none."}
+    )
+    tokens: int = field(default=0, metadata={"help": "Visual tokens that a training scene keeps, at random; 0: all."})
+    blind: int = field(default=0, metadata={"help": "First so many steps without F3D and without the push."})
     sigma: float = field(default=1.0, metadata={"help": "Width of the soft labels of coordinates, in bins."})
     curriculum: int = field(
         default=0, metadata={"help": "Steps until coordinates count as much as other tokens; see coordinate_weight."}
@@ -92,8 +97,8 @@ class W2R2Config(TrainingArguments):
             raise ValueError(f"mu={self.mu} is compared with a similarity: take 0 <= mu < 1")
         if self.push_every < 1:
             raise ValueError(f"push_every={self.push_every}: 1 pushes on every scene, n on every n-th")
-        if min(self.lam, self.reform, self.anchors, self.muon_learning_rate, self.curriculum) < 0:
-            raise ValueError("lam, reform, anchors, muon_learning_rate and curriculum cannot be negative")
+        if min(self.lam, self.reform, self.anchors, self.muon_learning_rate, self.curriculum, self.blind) < 0:
+            raise ValueError("lam, reform, anchors, muon_learning_rate, curriculum and blind cannot be negative")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would take away what the losses need; leave it False")
 
@@ -217,7 +222,15 @@ class W2R2Trainer(Trainer):
         **kwargs,  # of `transformers.Trainer`
     ):
         self.packer = data_collator.packer
-        change = Interventions(args.intervene, args.disturb, args.drop2d, args.drop3d, bins=self.packer.bins)
+        change = Interventions(
+            args.intervene,
+            args.disturb,
+            args.drop2d,
+            args.drop3d,
+            bins=self.packer.bins,
+            mark=args.mark,
+            tokens=args.tokens,
+        )
         super().__init__(model, args, data_collator, Epochs(train_dataset, args.seed, change), **kwargs)
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
@@ -278,16 +291,17 @@ class W2R2Trainer(Trainer):
         items = targets.valid.sum()
         if num_items_in_batch is not None:  # gradients are averaged over processes
             items = num_items_in_batch / self.accelerator.num_processes
+        blind = model.training and self.state.global_step < args.blind
         fused = model(
             **inputs_of(inputs),
-            shortcut=inputs.get("shortcut", False),
+            shortcut=blind or inputs.get("shortcut", False),
             logits_to_keep=inputs["labels"] >= 0,
             output_hidden_states=args.anchors > 0,
         )
         aligned = align(fused.logits, targets, items)
         loss, means, parts = aligned.loss, dict(aligned.logs), {"align": aligned.loss}
         scenes = self._pushed_on(len(targets.valid)).to(loss.device)
-        if args.reading != "none" and (self.sharded or scenes.any()):
+        if args.reading != "none" and not blind and (self.sharded or scenes.any()):
             some = scenes if scenes.any() else torch.arange(len(scenes), device=scenes.device) == 0
             pushed, activations = self._push(model, fused.logits, targets, some, items)
             if not scenes.any():

@@ -98,7 +98,8 @@ class Packer:
     ) -> dict[str, torch.Tensor]:
         """The batch: `input_ids`, `segment`, `labels`, `answer_slot` (B, T); `position_ids` (3, B, T); `visual_index`
         (B, N), -1 where padded; `f2d`, `geometry` (B, N, ...); `poses`; with candidates also `pick` (B, T), where a
-        query picks one; with a volume also `maps` (B, V, rows, columns, d), F2D of all patches, and `projections`."""
+        query picks one; where the scenes have it `clean` (B, N, g), geometry that the model is not shown;
+        with a volume also `maps` (B, V, rows, columns, d), F2D of all patches, and `projections`."""
         rows = [self._sequence(scene) for scene in scenes]
 
         def stack(values, fill):
@@ -115,6 +116,8 @@ class Packer:
             "geometry": stack([scene["geometry"][scene["visual_index"]] for scene in scenes], 0.0),
             "poses": torch.stack([scene["poses"] for scene in scenes]),
         }
+        if "clean" in scenes[0]:
+            batch["clean"] = stack([scene["clean"][scene["visual_index"]] for scene in scenes], 0.0)
         batch["answer_slot"] = self.slots(batch["labels"])
         if self.volume:
             batch["maps"] = torch.stack([scene["f2d"].unflatten(0, (-1, *self.grid)) for scene in scenes])

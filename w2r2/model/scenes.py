@@ -115,6 +115,8 @@ class Scenes(Dataset):
         intervention: Callable[[dict, np.random.Generator], dict] | None = None,  # see `w2r2.method.interventions`
         candidates: Shown | None = None,  # boxes to pick from
         rows: np.ndarray | None = None,  # queries to draw from; their scenes are all there are. None: all
+        weights: np.ndarray | None = None,  # of each query, how often it is drawn before another. None: all alike
+        clean: Features | None = None,  # of the same scenes with better geometry, for `w2r2.method.reforming`
     ):
         self.features, self.queries, self.per_task, self.seed, self.intervention, self.epoch = (
             features,
@@ -124,7 +126,7 @@ class Scenes(Dataset):
             intervention,
             0,
         )
-        self.candidates = candidates
+        self.candidates, self.weights, self.clean = candidates, weights, clean
         _belong(features, queries, candidates)
         useful = (queries.view >= 0) | (queries.task == 2) & (np.diff(queries.first) > 0)
         self.scenes = np.arange(len(features.scenes))
@@ -150,10 +152,16 @@ class Scenes(Dataset):
         scene = int(self.scenes[place])
         rng = np.random.default_rng([self.seed, self.epoch, scene])
         several = self._rows[scene * len(TASKS) : (scene + 1) * len(TASKS)]
-        chosen = np.concatenate([rng.permutation(rows)[:count] for rows, count in zip(several, self.per_task)])
+        if self.weights is None:
+            orders = [rng.permutation(rows) for rows in several]
+        else:  # without replacement (Efraimidis and Spirakis 2006)
+            orders = [rows[np.argsort(-(rng.random(len(rows)) ** (1 / self.weights[rows])))] for rows in several]
+        chosen = np.concatenate([rows[:count] for rows, count in zip(orders, self.per_task)])
         known = np.diff(self.queries.first)[chosen]
         answers = rng.integers(0, np.maximum(known, 1)).tolist()
         drawn = scene_of(self.features, self.queries, scene, chosen, answers, self.candidates)
+        if self.clean is not None:
+            drawn["clean"] = torch.from_numpy(self.clean.geometry[scene].copy())
         return self.intervention(drawn, rng) if self.intervention else drawn
 
 # %% ../../nbs/model/07_scenes.ipynb #0eacd605

@@ -187,7 +187,7 @@ def read_plan(
         read = [geometry_file("", settings["noise"]).name]
         if "candidates" in settings:
             read.append(f"candidates_{settings['candidates']}.npz")
-        if settings.get("regime") == "biased":
+        if settings.get("regime") == "biased" or "harder" in settings:
             read.append("cue.npy")
         return "-".join((*common, *(digest(train / name) for name in read)))
 

@@ -88,16 +88,20 @@ def finetune(
     packer.volume = model.config.volume > 0
     torch.manual_seed(run["seed"])
     model.new_phi()
-    rows = None
-    if regime := run.pop("regime", None):
-        rows = training_rows(regime, queries, np.load(train / "cue.npy") if regime == "biased" else None)
+    rows, weights, regime = None, None, run.pop("regime", None)
+    cue = np.load(train / "cue.npy") if regime == "biased" or "harder" in run else None
+    if regime:
+        rows = training_rows(regime, queries, cue)
+    if harder := run.pop("harder", 0):
+        weights = np.where(cue >= 0, float(harder), 1.0)
     if source := run.pop("candidates", None):
         add_picks(model, run.pop("hops", 3))
         shown = Shown.tokenised(Candidates.open(train / f"candidates_{source}.npz"), tokenizer)
         if root := settings.get("root"):
             asked = Asked(root, settings["features"], "val", noise, source, tokenizer, 8, 65)
             callbacks.append(Watch(asked, packer, tokenizer))
-    scenes = Scenes(features, queries, per_task, run["seed"], candidates=shown, rows=rows)
+    clean = Features.open(train, 0.0, digest=True) if run.pop("privileged", False) else None
+    scenes = Scenes(features, queries, per_task, run["seed"], candidates=shown, rows=rows, weights=weights, clean=clean)
     args = W2R2Config(str(folder), max_steps=steps, save_total_limit=1, **run)
     trainer = W2R2Trainer(model, args, scenes, Collator(packer), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
