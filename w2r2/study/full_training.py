@@ -41,12 +41,16 @@ def host_arguments(settings: dict) -> dict:  # from `w2r2.study.full_settings.re
 
 
 def assemble_host(settings: dict) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    "The model to train, with adapters if they are asked for; raises as `build_host`."
+    """The model to train, with adapters if they are asked for. What is trained is kept in single precision: in bfloat16
+    most steps of a small learning rate would be rounded away. Raises as `build_host`."""
     model, tokenizer = build_host(**host_arguments(settings))
     if lora := settings["model"].get("lora"):
         with torch.random.fork_rng():
             torch.manual_seed(settings["model"]["seed"])
             model = add_adapters(model, lora["rank"], lora["alpha"], lora["dropout"])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return model, tokenizer
 
 
