@@ -6,7 +6,7 @@
 __all__ = ['app', 'SceneId', 'Root', 'Json', 'Html', 'Model', 'Viewer', 'Blind', 'Config', 'Set', 'ViewerKind', 'Hidden',
            'write_page', 'show', 'looking', 'load_quietly', 'say', 'answers_to_draw', 'run_ground', 'run_ask',
            'run_describe', 'Up', 'PoseConvention', 'run_import', 'rooms', 'Benchmark', 'run_score', 'progress_bar',
-           'records', 'finetune', 'evaluate', 'verdict', 'main']
+           'records', 'encode', 'finetune', 'evaluate', 'verdict', 'main']
 
 # %% ../nbs/03_cli.ipynb #3d4a9567
 import json
@@ -428,6 +428,17 @@ def records(config: Config, changes: Set = [], as_json: Json = False):
         name = f"{row['form']:<9}{row['task']:<11}{row['part']:<6}"
         print(f"{name}{row['records']:>8} records, {row['scenes']} scenes  {left}")
     print(f"in {printable(about['folder'])}")
+
+
+@app.command(epilog="example: w2r2 encode --config params.scannet.yaml --set model.cache=build/scannet/geometry")
+def encode(config: Config, changes: Set = []):
+    "Run VGGT once on the frames of all records and keep its features in `model.cache`, for trainings to read."
+    from w2r2.study.full_settings import read_full_settings
+    from w2r2.study.full_training import encode_records
+
+    settings = read_full_settings(config, changes)
+    scenes = encode_records(settings, progress_bar("scenes"))
+    print(f"{printable(settings['model']['cache'])}: F3D of {scenes} scenes with their frames")
 
 
 @app.command(
