@@ -135,7 +135,8 @@ def test_a_run_of_two_processes_answers(home, two, capsys):
     assert (two / "answers/scanrefer.json").is_file()
     scene = json.loads((two / "answers/scanrefer.json").read_text())[0]["scene_id"]
     assert main(["ground", scene, "the chair", "--model", str(two / "model"), "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out.replace("NaN", "0"))[0]["box"]) == 6
+    box = json.loads(capsys.readouterr().out)[0]["box"]
+    assert box is None or len(box) == 6
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ __all__ = ['app', 'SceneId', 'Root', 'Json', 'Html', 'Model', 'Viewer', 'Blind',
 
 # %% ../nbs/03_cli.ipynb #3d4a9567
 import json
+import os
 import sys
 import warnings
 from enum import StrEnum
@@ -142,7 +143,9 @@ def say(
         return print(json.dumps(answers))
     for answer in answers:
         *asked, said = answer.values()
-        if not isinstance(said, str):
+        if said is None:  # a model may write no box
+            said = "no box"
+        elif not isinstance(said, str):
             said = " ".join(f"{value:.2f}" for value in said) + "  (cx cy cz dx dy dz in metres)"
         print(printable(" ".join(map(str, asked))), printable(f"  {said}"), sep="\n")
 
@@ -156,6 +159,8 @@ def answers_to_draw(
     fused=None,  # (n, 6) the answers with 2D and 3D, if they are known
 ) -> list:  # `w2r2.scans.page.DrawnBox`
     "Both answers to every description, and the candidates."
+    import numpy as np
+
     from w2r2.scans.page import DrawnBox
     from w2r2.study import predict
     from w2r2.tasks.proposals import propose_views
@@ -168,8 +173,12 @@ def answers_to_draw(
     views = predict.seen_views(network, scan)
     return [
         *(DrawnBox("candidate", box) for box in propose_views(views)),
-        *(DrawnBox("fused", box, text, "2D and 3D") for box, text in zip(fused, texts)),
-        *(DrawnBox("2d", box, text, "2D only") for box, text in zip(alone, texts)),
+        *(
+            DrawnBox(kind, box, text, name)
+            for kind, name, boxes in (("fused", "2D and 3D", fused), ("2d", "2D only", alone))
+            for box, text in zip(boxes, texts)
+            if np.isfinite(box).all()
+        ),
     ]
 
 
@@ -207,7 +216,8 @@ def run_ground(
         if html:
             drawn = answers_to_draw(network, scan, texts, refined, options, boxes if blind is None else None)
             write_page(scan, html, viewer, drawn)
-    say([{"text": text, "box": np.round(box, 3).tolist()} for text, box in zip(texts, boxes)], as_json)
+    said = [np.round(box, 3).tolist() if np.isfinite(box).all() else None for box in boxes]
+    say([{"text": text, "box": box} for text, box in zip(texts, said)], as_json)
 
 
 @app.command("ask", epilog='example: w2r2 ask scene9000_00 "what color is the couch?" "how many chairs are there?"')
@@ -454,6 +464,8 @@ def finetune(config: Config, changes: Set = []):
     settings = read_full_settings(config, changes)
     folder = Path(settings["train"]["folder"])
     log = finetune_host(settings, progress_bar(folder.name))
+    if os.environ.get("RANK", "0") != "0":  # `accelerate launch` starts several
+        return
     if log:
         last = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name not in ("step", "epoch"))
         print(f"step {log[-1]['step']}: {last}")

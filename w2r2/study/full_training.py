@@ -160,8 +160,9 @@ def finetune_host(
     warn_if_too_large(model, settings, args, state)
     data = conversations_of(read_all_records(settings, "train"), settings, tokenizer, model)
     trainer = ConversationTrainer(model, args, data, ConversationCollator(tokenizer.pad_token_id))
-    for callback in (Progress(lambda done: tell(done, trainer.state.max_steps)), Curves(folder / "live")):
-        trainer.add_callback(callback)
+    trainer.add_callback(Curves(folder / "live"))
+    if state.is_main_process:
+        trainer.add_callback(Progress(lambda done: tell(done, trainer.state.max_steps)))
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model(str(folder / "model"))  # all processes: a sharded model is gathered
     log = [row for row in trainer.state.log_history if "train_runtime" not in row]  # that entry is about the clock
