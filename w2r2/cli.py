@@ -565,5 +565,5 @@ def main(argv: list[str] | None = None) -> int:
 
 # %% ../nbs/03_cli.ipynb #480bbcb1
 #| eval: false
-if __name__ == "__main__":  # for `accelerate launch -m w2r2.cli`
+if __name__ == "__main__" and __spec__:  # `accelerate launch -m w2r2.cli`; a notebook has no __spec__
     sys.exit(main())
