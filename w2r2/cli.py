@@ -6,7 +6,7 @@
 __all__ = ['app', 'SceneId', 'Root', 'Json', 'Html', 'Model', 'Viewer', 'Blind', 'Config', 'Set', 'ViewerKind', 'Hidden',
            'write_page', 'show', 'looking', 'load_quietly', 'say', 'answers_to_draw', 'run_ground', 'run_ask',
            'run_describe', 'Up', 'PoseConvention', 'run_import', 'rooms', 'Benchmark', 'run_score', 'progress_bar',
-           'records', 'encode', 'finetune', 'evaluate', 'verdict', 'main']
+           'run_records', 'run_encode', 'run_finetune', 'run_evaluate', 'verdict', 'main']
 
 # %% ../nbs/03_cli.ipynb #3d4a9567
 import json
@@ -419,10 +419,11 @@ def progress_bar(title: str):
 
 
 @app.command(
+    "records",
     epilog="examples: w2r2 records --config params.scannet.yaml; w2r2 records --config params.scannet.yaml --set "
-    "release.root=data/samples --set release.train=samples --set release.val=samples --set records.frames=4"
+    "release.root=data/samples --set release.train=samples --set release.val=samples --set records.frames=4",
 )
-def records(config: Config, changes: Set = [], as_json: Json = False):
+def run_records(config: Config, changes: Set = [], as_json: Json = False):
     """Write the training and validation records of ScanRefer, Scan2Cap and ScanQA in the formats of the peers, out of
     the ScanNet release that the parameter file names."""
     from w2r2.study.full_settings import read_full_settings
@@ -440,8 +441,10 @@ def records(config: Config, changes: Set = [], as_json: Json = False):
     print(f"in {printable(about['folder'])}")
 
 
-@app.command(epilog="example: w2r2 encode --config params.scannet.yaml --set model.cache=build/scannet/geometry")
-def encode(config: Config, changes: Set = []):
+@app.command(
+    "encode", epilog="example: w2r2 encode --config params.scannet.yaml --set model.cache=build/scannet/geometry"
+)
+def run_encode(config: Config, changes: Set = []):
     "Run VGGT once on the frames of all records and keep its features in `model.cache`, for trainings to read."
     from w2r2.study.full_settings import read_full_settings
     from w2r2.study.full_training import encode_records
@@ -452,10 +455,11 @@ def encode(config: Config, changes: Set = []):
 
 
 @app.command(
+    "finetune",
     epilog="examples: w2r2 finetune --config params.scannet.yaml; accelerate launch --config_file "
-    "data/accelerate/fsdp.yaml --num_processes 8 -m w2r2.cli finetune --config params.scannet.yaml"
+    "data/accelerate/fsdp.yaml --num_processes 8 -m w2r2.cli finetune --config params.scannet.yaml",
 )
-def finetune(config: Config, changes: Set = []):
+def run_finetune(config: Config, changes: Set = []):
     """Fine-tune a Qwen2.5-VL or Qwen3-VL with VGGT, plainly or by Eq. 7, on the records that `w2r2 records` wrote. A
     run that was stopped goes on from its last checkpoint."""
     from w2r2.study.full_settings import read_full_settings
@@ -472,8 +476,10 @@ def finetune(config: Config, changes: Set = []):
     print(f"{printable(folder / 'model')}: w2r2 ground SCENE TEXT --model {printable(folder / 'model')} asks it")
 
 
-@app.command(epilog="examples: w2r2 evaluate --config params.scannet.yaml; the 2D-only pass with --blind 3d")
-def evaluate(
+@app.command(
+    "evaluate", epilog="examples: w2r2 evaluate --config params.scannet.yaml; the 2D-only pass with --blind 3d"
+)
+def run_evaluate(
     config: Config,
     changes: Set = [],
     blind: Annotated[Hidden | None, typer.Option(help="what the model may not see; 3d is Phi(F2D, 0)")] = None,
