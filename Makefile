@@ -11,10 +11,10 @@ export OMP_NUM_THREADS ?= 1
 export MATPLOTLIBRC := $(CURDIR)/matplotlibrc
 
 .DEFAULT_GOAL := help
-.PHONY: help repro reference miniature test check campaign notebooks readme docs lab hooks lock
+.PHONY: help repro reference miniature test check campaign bench-gpu notebooks readme docs lab hooks lock
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): requirements.lock setup.py settings.ini
 	@mkdir -p build
@@ -55,6 +55,13 @@ campaign: $(READY) ## damaged files to every reader, kills of the miniature pipe
 	PYTHONPATH=tests python -m campaign.kills --kills $(KILLS)
 	papermill --engine w2r2 --cwd nbs/bench --no-progress-bar nbs/bench/campaign.ipynb nbs/bench/campaign.ipynb
 	nbdev_clean
+
+SIZE ?= Qwen2.5-VL-3B
+DEVICE ?= cuda
+FRAMES ?= 16,32
+bench-gpu: $(READY) ## ms, memory and share of the ceiling of a training step at full size with random weights (SIZE=tiny DEVICE=cpu FRAMES=2,4 without a GPU); page and rows go to build/bench
+	mkdir -p build/bench
+	papermill --engine w2r2 --cwd nbs/bench --no-progress-bar -r size $(SIZE) -r device $(DEVICE) -r frames $(FRAMES) -r output $(CURDIR)/build/bench/full_size.json $(CURDIR)/nbs/bench/full_size_speed.ipynb $(CURDIR)/build/bench/full_size_speed.ipynb
 
 check: $(READY) ## w2r2/ in step with nbs/, notebooks clean, code as ruff wants it, data as pinned
 	ruff check --quiet nbs tests

@@ -90,13 +90,20 @@ class ConversationTrainer(W2R2Trainer):
         count = sum(len(batch["tasks"]) for batch in batch_samples)
         return self.accelerator.reduce(torch.tensor(count, device=device), "sum")
 
+    def _save(self, output_dir=None, state_dict=None):
+        if state_dict is not None and self.model.config.vlm_config.tie_word_embeddings:
+            # gathered from several processes, the tied output layer comes a second time
+            state_dict = {name: value for name, value in state_dict.items() if name != "vlm.lm_head.weight"}
+        super()._save(output_dir, state_dict)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Eq. 7."
         args, count = self.args, len(inputs["tasks"])
         items = count if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
         micro_batches = self.current_gradient_accumulation_steps if model.training else 1
         push = args.reading != "none" and self.state.global_step % args.push_every == 0  # the same in all processes
-        names = "input_ids", "attention_mask", "pixel_values", "image_grid_thw", "images_3d"
+        names = "input_ids", "attention_mask", "pixel_values", "image_grid_thw"
+        names += ("geometry",) if "geometry" in inputs else ("images_3d",)
         kept = functional.pad(inputs["labels"][:, 1:] >= 0, (0, 1))  # where a token of an answer is predicted
         output = model(**{name: inputs[name] for name in names}, both=push, logits_to_keep=kept)
         fused = output.logits[: int(kept.sum())]

@@ -194,18 +194,19 @@ class Conversations(Dataset):
         vlm_config: PreTrainedConfig,
         width: int = 518,  # of a frame for VGGT [pixels]
         patch: int = 14,  # of VGGT [pixels]
+        geometry=None,  # `w2r2.model.geometry_cache.GeometryStore`: F3D that is kept; None: VGGT gets the frames
     ):
         self.records, self.root, self.tokenizer, self.vlm_config = records, Path(root), tokenizer, vlm_config
-        self.width, self.patch = width, patch
+        self.width, self.patch, self.geometry = width, patch, geometry
         self.image = tokenizer.convert_ids_to_tokens(vlm_config.image_token_id)
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, i: int) -> dict:
-        """`input_ids`, `labels` (T,), what `frame_inputs` returns, `task`, and of a box to learn: `box` (6,) in the
-        scan frame, `pose` (4, 4) of its frame and `places`, see `number_places`. Raises `ScanNetError` for a scan that
-        cannot be read."""
+        """`input_ids`, `labels` (T,), what `frame_inputs` returns (with kept F3D `geometry` instead of `images_3d`),
+        `task`, and of a box to learn: `box` (6,) in the scan frame, `pose` (4, 4) of its frame and `places`, see
+        `number_places`. Raises `ScanNetError` for a scan that cannot be read."""
         record = self.records[i]
         about = record["metadata"]
         with Scan(self.root, about["scene_id"]) as scan:
@@ -221,6 +222,9 @@ class Conversations(Dataset):
             "task": about["dataset"],
             **given,
         }
+        if self.geometry is not None:
+            del item["images_3d"]
+            item["geometry"] = self.geometry[record]
         if "target" in record and answer:
             text = record["conversations"][-1]["value"]
             places = [(len(prompt) + token, number, value) for token, number, value in number_places(text, offsets)]
@@ -239,9 +243,10 @@ class ConversationCollator:
     pad: int  # token id
 
     def __call__(self, items: list[dict]) -> dict:
-        """`input_ids`, `labels`, `attention_mask` (B, T); `pixel_values`, `image_grid_thw`; `images_3d` and `tasks` by
-        conversation; of the boxes to learn: `boxes` (G, 6), `poses` (G, 4, 4), `rows` (G,) their conversation; of each
-        of their digits: `digit_place` (D, 3) box, token and which number, `digit_value` (D,)."""
+        """`input_ids`, `labels`, `attention_mask` (B, T); `pixel_values`, `image_grid_thw`; `images_3d` (or
+        `geometry`) and `tasks` by conversation; of the boxes to learn: `boxes` (G, 6), `poses` (G, 4, 4), `rows` (G,)
+        their conversation; of each of their digits: `digit_place` (D, 3) box, token and which number, `digit_value`
+        (D,)."""
 
         def stack(name, fill):
             values = [item[name] for item in items]
@@ -257,7 +262,7 @@ class ConversationCollator:
             "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
             "pixel_values": torch.cat([item["pixel_values"] for item in items]),
             "image_grid_thw": torch.cat([item["image_grid_thw"] for item in items]),
-            "images_3d": [item["images_3d"] for item in items],
+            **{name: [item[name] for item in items] for name in ("images_3d", "geometry") if name in items[0]},
             "tasks": [item["task"] for item in items],
             "boxes": torch.stack([items[row]["box"] for row in rows]) if rows else torch.zeros(0, 6),
             "poses": torch.stack([items[row]["pose"] for row in rows]) if rows else torch.zeros(0, 4, 4),

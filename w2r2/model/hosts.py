@@ -172,6 +172,7 @@ def build_host(
     dtype: str = "float32",
     attention: str = "sdpa",  # or "flash_attention_2"
     seed: int = 0,  # of a new merger
+    fusion: str = "add",  # Phi, see `VGLLMConfig`; of a published VG-LLM what its configuration says
 ) -> tuple[VGLLM, PreTrainedTokenizerBase]:
     """The model in evaluation mode, and its tokenizer. Raises ValueError for weights that do not belong together and
     `ScanNetError` or `FileNotFoundError` for files that cannot be read."""
@@ -182,8 +183,10 @@ def build_host(
     arguments, vggt = ({}, None) if weights3d is None else read_vggt(weights3d)
     published = _published(folder)
     if published is not None:
-        order = about.get("reference_frame", reference_frame)
-        model = from_state_dict(published, AutoConfig.from_pretrained(folder), arguments, order).to(kind)
+        order, layers = about.get("reference_frame", reference_frame), about.get("fusion_num_layers", 1)
+        method = about.get("feature_fusion_method", fusion).replace("_", "-")
+        host = AutoConfig.from_pretrained(folder)
+        model = from_state_dict(published, host, arguments, order, method, layers).to(kind)
         model.config.views, model.config.frame_width = views, frame_width
         return _attending(model, attention), tokenizer
     if vggt is None:
@@ -196,6 +199,7 @@ def build_host(
         reference_frame=reference_frame,
         views=views,
         frame_width=frame_width,
+        fusion=fusion,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -211,13 +215,14 @@ def add_adapters(
     alpha: int = 32,
     dropout: float = 0.0,
 ) -> nn.Module:  # a `peft.PeftModel` around it
-    "LoRA on every matrix of the language model's layers, and the merger; nothing else is trained."
+    "LoRA on every matrix of the language model's layers, and the merger and Phi; nothing else is trained."
     from peft import LoraConfig, get_peft_model
 
+    whole = ["merger", "fusion"] if list(model.fusion.parameters()) else ["merger"]
     matrices = r"vlm\.model\.language_model\.layers\.\d+\..*_proj"
     adapted = get_peft_model(
         model,
-        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=matrices, modules_to_save=["merger"]),
+        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=matrices, modules_to_save=whole),
     )
     visual = model.vlm.model.visual
     if hasattr(visual.merger, "original_module"):  # peft matches the ends of names, and this one ends so too

@@ -21,6 +21,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from .fused import FusedVLM
+from .host_fusion import HOST_FUSIONS
 from .merger import GeometryMerger
 from .vggt import Aggregator
 
@@ -38,6 +39,8 @@ class VGLLMConfig(PreTrainedConfig):
     reference_frame: str = "first"  # the frame in whose camera VGGT sees the scene, or "last"
     views: int = 32  # frames that it is asked with
     frame_width: int = 518  # of a frame for VGGT [pixels]
+    fusion: str = "add"  # Phi: a key of `w2r2.model.host_fusion.HOST_FUSIONS`
+    fusion_layers: int = 1  # blocks of "cross-attention"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -45,6 +48,8 @@ class VGLLMConfig(PreTrainedConfig):
             raise ValueError(f"no host {self.vlm_config.model_type!r}; use a qwen2_5_vl or a qwen3_vl")
         if self.reference_frame not in ("first", "last"):
             raise ValueError(f"reference_frame is 'first' or 'last', not {self.reference_frame!r}")
+        if self.fusion not in HOST_FUSIONS:
+            raise ValueError(f"no fusion {self.fusion!r}; use one of {list(HOST_FUSIONS)}")
 
     @property
     def text_config(self):
@@ -67,7 +72,7 @@ def _twice(seen: Seen) -> Seen:
 
 
 class VGLLM(FusedVLM):
-    "A VLM that sees F2D + merger(F3D) in place of its image tokens."
+    "A VLM that sees Phi(F2D, merger(F3D)) in place of its image tokens."
 
     config_class = VGLLMConfig
 
@@ -79,6 +84,7 @@ class VGLLM(FusedVLM):
         self.merger = GeometryMerger(
             2 * self.vggt.camera_token.shape[-1], config.merger_hidden, config.text_config.hidden_size
         )
+        self.fusion = HOST_FUSIONS[config.fusion](config.text_config.hidden_size, config.fusion_layers)
         self.additions = None
         self.post_init()
         self.freeze()
@@ -97,30 +103,37 @@ class VGLLM(FusedVLM):
         self,
         pixel_values: torch.Tensor,  # of all frames of the batch, from the VLM's image processor
         image_grid_thw: torch.Tensor,  # (frames of the batch, 3)
-        images_3d: torch.Tensor | Sequence[torch.Tensor],  # (V, 3, H, W) in [0, 1], or one of these for each scene
+        # (V, 3, H, W) in [0, 1], or one of these for each scene
+        images_3d: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        geometry: Sequence[torch.Tensor] | None = None,  # F3D of each scene, if VGGT has run already
     ) -> Seen:
         "F2D and F3D; raises ValueError where they have not the same frames and tokens."
-        scenes = [images_3d] if isinstance(images_3d, torch.Tensor) else images_3d
-        self._same_grid(scenes, image_grid_thw)
+        patch = self.vggt.patch_size
+        if geometry is None:
+            scenes = [images_3d] if isinstance(images_3d, torch.Tensor) else images_3d
+            self._same_grid(
+                [(side // patch for side in scene.shape[-2:]) for scene in scenes for _ in scene], image_grid_thw
+            )
+        else:
+            self._same_grid([scene.shape[1:3] for scene in geometry for _ in scene], image_grid_thw)
         image = self.vlm.get_image_features(pixel_values, image_grid_thw, return_dict=True)
-        return Seen(image, tuple(self._geometry(frames) for frames in scenes))
+        return Seen(image, tuple(map(self.see_geometry, scenes)) if geometry is None else tuple(geometry))
 
-    def _geometry(self, frames: torch.Tensor) -> torch.Tensor:
-        "(V, 3, H, W) to (V, h, w, twice VGGT's width)."
+    @torch.no_grad()
+    def see_geometry(self, frames: torch.Tensor) -> torch.Tensor:
+        "F3D of a scene, (V, h, w, twice VGGT's width), of its frames (V, 3, H, W) in [0, 1]."
         last = self.config.reference_frame == "last"
         # the published code lets VGGT compute in bfloat16 on a GPU
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda):
             seen = self.vggt.features((frames.flip(0) if last else frames)[None])[0]
         return seen.flip(0) if last else seen
 
-    def _same_grid(self, scenes: Sequence[torch.Tensor], grid: torch.Tensor):
-        frames = [scene.shape[-2:] for scene in scenes for _ in scene]
+    def _same_grid(self, frames: Sequence[Sequence[int]], grid: torch.Tensor):
         if len(frames) != len(grid):
             raise ValueError(f"{len(grid)} frames for the VLM, but {len(frames)} for VGGT; give both the same frames")
-        merge, patch = self.config.vlm_config.vision_config.spatial_merge_size, self.vggt.patch_size
-        for number, (size, (_, height, width)) in enumerate(zip(frames, grid.tolist())):
-            flat = height // merge, width // merge
-            deep = size[0] // patch // 2, size[1] // patch // 2
+        merge = self.config.vlm_config.vision_config.spatial_merge_size
+        for number, (patches, (_, height, width)) in enumerate(zip(frames, grid.tolist())):
+            flat, deep = (height // merge, width // merge), tuple(side // 2 for side in patches)
             if flat != deep:
                 raise ValueError(
                     f"frame {number}: {flat[0]} x {flat[1]} tokens in 2D, {deep[0]} x {deep[1]} in 3D (rows x "
@@ -139,12 +152,14 @@ class VGLLM(FusedVLM):
         f2d, tokens = iter(seen.image.pooler_output), []
         shortcut = torch.as_tensor(shortcut).expand(len(seen.geometry)).tolist()
         for geometry, without in zip(seen.geometry, shortcut):
-            flat = [next(f2d) for _ in geometry]
-            if not (without and zero == "after"):
+            flat = torch.stack([next(f2d) for _ in geometry])
+            if without and zero == "after":
+                merged = torch.zeros_like(flat)
+            else:
                 given = geometry.to(self.merger.ln_q.weight.dtype)
-                merged = self.merger(torch.zeros_like(given) if without else given)
-                flat = [a + b.to(a) for a, b in zip(flat, merged.unflatten(0, (len(geometry), -1)))]
-            tokens += flat
+                merged = self.merger(torch.zeros_like(given) if without else given).view_as(flat).to(flat)
+            rows, columns = (side // 2 for side in geometry.shape[1:3])
+            tokens += self.fusion(flat, merged, rows, columns).unbind()
         return tuple(tokens)
 
     def inputs(
@@ -170,6 +185,7 @@ class VGLLM(FusedVLM):
         pixel_values: torch.Tensor | None = None,  # these three as for `see`
         image_grid_thw: torch.Tensor | None = None,
         images_3d: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        geometry: Sequence[torch.Tensor] | None = None,  # instead of `images_3d`, see `see`
         labels: torch.Tensor | None = None,  # (B, T) token that stands there, -100 = not in the loss
         shortcut: bool | torch.Tensor = False,  # Phi(F2D, 0) for all scenes, or those marked in (B,)
         zero: str = "after",  # see `visual_tokens`
@@ -180,7 +196,7 @@ class VGLLM(FusedVLM):
         """One pass, or `both`: the encoders run once, and a sharded model gathers its parameters once. Raises
         ValueError as `see` and `visual_tokens` do."""
         if seen is None:
-            seen = self.see(pixel_values, image_grid_thw, images_3d)
+            seen = self.see(pixel_values, image_grid_thw, images_3d, geometry)
         if both:
             shortcut = torch.arange(2 * len(input_ids)) >= len(input_ids)
             input_ids, image_grid_thw, seen = input_ids.repeat(2, 1), image_grid_thw.repeat(2, 1), _twice(seen)
@@ -215,7 +231,8 @@ _VLM = {
 }
 CHECKPOINT_LAYOUTS = {  # prefixes in a checkpoint and here
     "vggt": _VLM | {"vggt.aggregator.": "vggt.", "merger.": "merger."},
-    "geometry_encoder": _VLM | {"geometry_encoder.vggt.aggregator.": "vggt.", "geometry_merger.": "merger."},
+    "geometry_encoder": _VLM
+    | {"geometry_encoder.vggt.aggregator.": "vggt.", "geometry_merger.": "merger.", "feature_fusion.": "fusion."},
 }
 _HEADS = tuple(f"vggt.{name}_head." for name in ("point", "depth", "camera", "track"))
 _EMBEDDING, _OUTPUT = "vlm.model.language_model.embed_tokens.weight", "vlm.lm_head.weight"
@@ -259,6 +276,8 @@ def from_state_dict(
     vlm_config: PreTrainedConfig,  # of the Qwen2.5-VL or Qwen3-VL
     aggregator: dict,  # arguments of `Aggregator`
     reference_frame: str = "first",
+    fusion: str = "add",  # see `VGLLMConfig`
+    fusion_layers: int = 1,
 ) -> VGLLM:  # in evaluation mode, with the dtype of the checkpoint's word embedding
     """VG-LLM with these weights; raises ValueError naming the tensors that are missing, unexpected, of another shape or
     not finite."""
@@ -275,6 +294,8 @@ def from_state_dict(
         aggregator=aggregator,
         merger_hidden=VGLLMConfig.merger_hidden if merger is None else len(merger),
         reference_frame=reference_frame,
+        fusion=fusion,
+        fusion_layers=fusion_layers,
     )
     model = VGLLM._from_config(config, dtype=named[_EMBEDDING].dtype if _EMBEDDING in named else None)
     check_tensors(named, model.state_dict())
@@ -286,13 +307,19 @@ def to_state_dict(
     model: VGLLM,
     layout: str = "vggt",  # a key of `CHECKPOINT_LAYOUTS`
 ) -> dict[str, torch.Tensor]:
-    "The weights under published names, without an output layer that is tied; raises ValueError for an unknown layout."
+    """The weights under published names, without an output layer that is tied; raises ValueError for an unknown layout,
+    and for a fusion that it has not."""
     if layout not in CHECKPOINT_LAYOUTS:
         raise ValueError(f"no layout {layout!r}; use one of {list(CHECKPOINT_LAYOUTS)}")
     prefixes, state = CHECKPOINT_LAYOUTS[layout], {}
     for key, value in model.state_dict().items():
         if key == _OUTPUT and model.config.vlm_config.tie_word_embeddings:
             continue
-        prefix, own = next((prefix, own) for prefix, own in prefixes.items() if key.startswith(own))
+        known = [(prefix, own) for prefix, own in prefixes.items() if key.startswith(own)]
+        if not known:
+            raise ValueError(
+                f"layout {layout!r} has no place for {key}; a fusion other than add is in the later one only"
+            )
+        prefix, own = known[0]
         state[prefix + key.removeprefix(own)] = value
     return state

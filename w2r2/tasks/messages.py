@@ -64,7 +64,9 @@ def vgllm_record(
         "metadata": _metadata(sample, numbers, frames),
     }
     if numbered:
-        record |= {"prompt": sample.text, "gt_bbox": [*sample.box.round(4).tolist(), 0.0, 0.0, 0.0]}
+        record["prompt"] = sample.text
+        if sample.box is not None:  # none for a sentence of a user
+            record["gt_bbox"] = [*sample.box.round(4).tolist(), 0.0, 0.0, 0.0]
         if reference is not None:
             record["target"] = json_answer(reference)
         else:
