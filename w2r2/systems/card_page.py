@@ -73,8 +73,9 @@ def card_page(card: Card) -> str:
         f"h2{{margin-bottom:0}}</style><h1>Geometry card: {e(card.system)}</h1><p>{card.queries} descriptions in "
         f"{card.scenes} scenes. An answer is right from IoU {card.threshold:g}. "
         f"Intervals: 95 %, bootstrap over {over}.</p>"
-        "<p>A move changes cameras, depth and mesh together, so an answer that is made in a view and placed by its pose "
-        "goes along without any depth; no image shows a scale. What depth itself gives is seen where it is destroyed.</p>"
+        "<p>A move changes cameras, depth and mesh together, so an answer that is made in a view and placed by its "
+        "pose goes along without any depth; no image shows a scale. What depth itself gives is seen where it is "
+        "destroyed.</p>"
         + "".join(parts)
         + (f"<h2>Not measured, or refused</h2><ul>{listed}</ul>" if notes else "")
         + "</html>\n"
