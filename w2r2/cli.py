@@ -6,7 +6,7 @@
 __all__ = ['app', 'SceneId', 'Root', 'Json', 'Html', 'Model', 'Viewer', 'Blind', 'Config', 'Set', 'ViewerKind', 'Hidden',
            'write_page', 'show', 'looking', 'load_quietly', 'say', 'answers_to_draw', 'run_ground', 'run_ask',
            'run_describe', 'Up', 'PoseConvention', 'run_import', 'rooms', 'Benchmark', 'run_score', 'progress_bar',
-           'run_records', 'run_encode', 'run_finetune', 'run_evaluate', 'verdict', 'main']
+           'run_records', 'run_encode', 'run_finetune', 'run_evaluate', 'run_diagnose', 'verdict', 'main']
 
 # %% ../nbs/03_cli.ipynb #3d4a9567
 import json
@@ -499,6 +499,66 @@ def run_evaluate(
         return print(json.dumps({task: json.loads(found.json()) for task, found in scores.items()}))
     for found in scores.values():
         Console().print(found.table())
+
+# %% ../nbs/03_cli.ipynb #58002afd
+@app.command(
+    "diagnose",
+    epilog="examples: w2r2 diagnose card; w2r2 diagnose card --system my_module:MySystem --queries 80; "
+    "w2r2 diagnose card --answers card/answers.json",
+)
+def run_diagnose(
+    out: Annotated[Path, typer.Argument(help="folder for card.html, card.json and answers.json")],
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:CLASS", help="a class with ground(scan, texts, inputs)", show_default="--model"),
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="recorded answers to make the card of, instead of asking a system")
+    ] = None,
+    root: Root = DATA / "samples",
+    records: Annotated[
+        Path, typer.Option(help="descriptions in ScanRefer's format", show_default="of the sample scenes")
+    ] = DATA / "samples" / "scanrefer" / "ScanRefer_filtered_samples.json",
+    model: Model = DATA / "rooms-tiny-finetuned",
+    queries: Annotated[int, typer.Option(min=1, help="descriptions to ask about, at most")] = 40,
+    scenes: Annotated[int, typer.Option(min=1, help="scenes to ask about, at most")] = 8,
+    seed: Annotated[int, typer.Option(help="of the choice of descriptions")] = 0,
+    as_json: Json = False,
+):
+    """Test whether a system uses geometry: its answers to scans whose geometry was changed, on one page. Queries need
+    geometry where --model misses them with 2D only."""
+    import tempfile
+
+    from w2r2.scans.scan import Scan
+    from w2r2.systems.asking import ModelFolder, ask_system, choose_queries, read_recorded, system_named
+    from w2r2.systems.card import make_card
+    from w2r2.systems.card_page import write_card
+    from w2r2.tasks.samples import read_scanrefer
+
+    if answers and system:
+        raise ValueError("give --system or --answers, not both")
+    if answers:
+        said = read_recorded(answers)
+    else:
+        asked = system and system_named(system)
+        tiny = ModelFolder(model)
+        chosen = choose_queries(read_scanrefer(records)[0], queries, scenes, seed)
+        scans = [Scan(root, scene) for scene in sorted({record["scene_id"] for record in chosen})]
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out) as cache:  # there, so that large recordings can be linked
+            said = ask_system(asked or tiny, scans, chosen, cache, system or model.name, tiny, seed)
+        for scan in scans:
+            scan.close()
+        said.write(out / "answers.json")
+    card = make_card(said, seed=seed)
+    written, page = write_card(card, out)
+    if as_json:
+        return print(written.read_text(encoding="utf-8"))
+    for line in card.lines:
+        print(printable(f"{line.name}: {line.sentence}"))
+    for name, why in card.missing.items():
+        print(printable(f"{name}: not made, {why}"))
+    print(printable(f"The page is {page}."))
 
 # %% ../nbs/03_cli.ipynb #0118a9f7
 @app.command(
