@@ -76,8 +76,10 @@ notebooks: $(READY) ## execute the library notebooks in place
 	for notebook in nbs/[0-9]*.ipynb nbs/*/[0-9][0-9]_*.ipynb nbs/log.ipynb; do case $$notebook in nbs/pipeline/*) continue;; esac; papermill --engine w2r2 --cwd $$(dirname $$notebook) --stderr-file /dev/stderr --no-progress-bar $(CURDIR)/$$notebook $(CURDIR)/$$notebook || exit 1; done
 	nbdev_clean
 
-readme: $(READY) ## README.md from nbs/index.ipynb
-	jupyter nbconvert --to markdown --stdout --log-level WARN nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md
+readme: $(READY) ## the answer in nbs/index.ipynb from the committed reports, and README.md from that
+	papermill --engine w2r2 --cwd nbs --no-progress-bar $(CURDIR)/nbs/index.ipynb $(CURDIR)/nbs/index.ipynb
+	nbdev_clean
+	jupyter nbconvert --to markdown --no-input --stdout --log-level WARN nbs/index.ipynb | sed -E 's#\]\(\.\./#](#g; s#\]\(((report|scans)/|log\.ipynb)#](nbs/\1#g' > README.md
 
 docs: $(READY) ## the site, in _docs/html/: built, and walked through where there is a Chromium
 	rm -rf _docs

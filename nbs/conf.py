@@ -144,6 +144,19 @@ def scripts_of_page(app, pagename: str, templatename: str, context: dict, doctre
         app.add_js_file("figures.js")
 
 
+def fold_groups(app, pagename: str, templatename: str, context: dict, doctree) -> None:
+    "In the side bar, every group but the first and that of the page itself is folded; it opens without a script."
+    before, *groups = re.split(r'(?=<p class="caption")', context.get("furo_navigation_tree", ""))
+    folded = [before]
+    for group in groups:
+        heading, links, after = re.fullmatch(r"<p[^>]*>(.*?)</p>(.*</ul>)(.*)", group, re.S).groups()
+        shown = " open" if group is groups[0] or "current" in links else ""
+        folded.append(
+            f'<details class="group"{shown}><summary class="caption">{heading}</summary>{links}</details>{after}'
+        )
+    context["furo_navigation_tree"] = "".join(folded)
+
+
 # ---- reference
 # ----------------------------------------------------------------------------------------------------------
 def rst(text: str) -> str:
@@ -290,17 +303,10 @@ def figures() -> str:
     return text
 
 
-def picture() -> str:
-    overview = REPORTS / "figures" / "paper" / "fig2_overview.svg"
-    if overview.is_file():
-        return (
-            "![The framework: views pass through a 2D and a 3D encoder; the fused pass is trained to locate, the "
-            "pass without 3D to fail](../reports/figures/paper/fig2_overview.svg)"
-        )
-    return (
-        "![Six views of an embedded scene with the boxes of the described "
-        "objects](../reports/figures/embedded_scene.png)"
-    )
+def the_answer() -> str:
+    "What nbs/index.ipynb says of the result: a picture and five sentences."
+    outputs = (output for cell, *_ in cells(ROOT / "nbs" / "index.ipynb") for output in cell.get("outputs", ()))
+    return next("".join(output["data"]["text/markdown"]) for output in outputs if "data" in output)
 
 
 def audit() -> str:
@@ -318,7 +324,7 @@ def verdict() -> str:
 myst_substitutions = {
     "audit": audit(),
     "verdict": verdict(),
-    "picture": picture(),
+    "answer": the_answer(),
     "tables": tables(),
     "figures": figures(),
 }
@@ -330,6 +336,7 @@ def setup(app) -> dict:
     app.connect("doctree-read", number_cells)
     app.connect("doctree-resolved", link_names)
     app.connect("html-page-context", scripts_of_page)
+    app.connect("html-page-context", fold_groups, priority=900)  # after the theme has made the side bar
     app.connect("autodoc-process-docstring", document_parameters)
     app.connect("autodoc-skip-member", skip_imported)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

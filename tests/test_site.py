@@ -83,6 +83,26 @@ class Page(HTMLParser):
             self.loads.append(attributes["src"])
 
 
+def test_readme_says_what_the_committed_results_say():
+    """Picture and sentences are made of them by `make readme`."""
+    from w2r2.report.headline import headline_text
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [sentence for sentence in headline_text(ROOT / "reports") if sentence not in readme] == [], "make readme"
+    assert readme.index("reports/figures/headline.svg") < readme.index("**Asked:**") < readme.index("make repro")
+
+
+@built
+def test_groups_of_the_side_bar_fold():
+    landing, page = (
+        re.findall(r'<details class="group"( open)?>', (SITE / "nbs" / name).read_text(encoding="utf-8"))
+        for name in ("contents.html", "scans/00_geometry.html")
+    )
+    assert len(landing) == len(page) > 8
+    assert [bool(group) for group in landing] == [True] + [False] * (len(landing) - 1)
+    assert sum(map(bool, page)) == 2
+
+
 @built
 def test_pages_link_to_what_exists_and_load_nothing_from_outside():
     pages, wrong = {path: Page(path) for path in PAGES}, []
