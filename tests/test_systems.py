@@ -1,0 +1,164 @@
+"""The zero-shot systems, answered by a script that knows the truth, by one that never decides, and by one that errs."""
+
+import numpy as np
+import pytest
+
+from w2r2.scans.overlap import aligned_iou
+from w2r2.scans.scan import Scan
+from w2r2.shipped import DATA
+from w2r2.systems.detectors import Detections, ZeroShotDetector, link_detections
+from w2r2.systems.grounder import FUSED, GROUNDERS
+from w2r2.systems.projection import read_shots
+from w2r2.systems.seeground import SeeGround
+from w2r2.systems.segmenters import SAM
+from w2r2.systems.seqvlm import SeqVLM
+from w2r2.systems.vlm import Choice
+from w2r2.systems.vlm_grounder import VLMGrounder
+
+
+class Script:
+    "A VLM that names the given class and chooses by a function of the options; -1: none."
+
+    name = "script"
+
+    def __init__(self, target, choose=lambda options: 0, anchors=()):
+        self.said, self.choose, self.asked = {"target": target, "anchors": list(anchors)}, choose, []
+
+    def parse(self, text, instruction, fields):
+        return self.said
+
+    def select(self, pictures, text, instruction, options, allow_none=False):
+        assert len(pictures) and all(picture.dtype == np.uint8 and picture.ndim == 3 for picture in pictures)
+        self.asked.append(options)
+        return Choice(self.choose(options))
+
+
+@pytest.fixture
+def scan():
+    with Scan(DATA / "samples", "scene9000_00") as opened:
+        yield opened
+
+
+def calls(answer):
+    return sum(step.calls for step in answer.trace)
+
+
+def one(options):
+    return 0
+
+
+def test_right_answers_give_the_right_box(scan):
+    truth = scan.boxes[scan.labels.index("sofa")]
+    for system in (SeqVLM, SeeGround, VLMGrounder):
+        answer = system(Script("couch")).ground(scan, ["the couch"])[0]
+        assert aligned_iou(answer.box, truth) > 0.25, system
+
+
+def test_every_true_box_can_be_picked_by_its_number(scan):
+    from w2r2.tasks.candidates import true_proposals
+
+    boxes = true_proposals(scan).boxes
+    for row in range(len(boxes)):
+        vlm = Script("thing", lambda options, name=str(row): [option.name for option in options].index(name))
+        assert np.array_equal(SeeGround(vlm, proposals="true").ground(scan, [""])[0].box, boxes[row])
+
+
+def test_seqvlm_never_asks_more_than_the_original(scan, monkeypatch):
+    system = SeqVLM(Script("chair"))
+    view = {0: np.array([10.0, 10, 50, 50])}
+    for count, most in ((0, 0), (1, 0), (4, 1), (5, 3), (40, 14)):
+        monkeypatch.setattr(system, "_of_class", lambda *_, n=count: (list([0] * n), [view] * n))
+        answer = system.ground(scan, ["a chair"])[0]
+        assert sum(step.kind == "select" for step in answer.trace) == most, count
+        assert np.isnan(answer.box).all() == (count == 0)
+    system.vlm = Script("chair", lambda options: -1)  # none of any group
+    answer = system.ground(scan, ["a chair"])[0]
+    assert sum(step.kind == "select" for step in answer.trace) == 10 and np.isnan(answer.box).all()
+
+
+def test_vlm_grounder_asks_again_without_the_frame_that_shows_nothing(scan):
+    class Blind:
+        def find(self, scan, name, skip=1):
+            return [Detections(np.zeros((0, 4)), [], np.zeros(0)) for _ in range(12)]
+
+    vlm = Script("sofa")
+    answer = VLMGrounder(vlm, detector=Blind()).ground(scan, ["the sofa"])[0]
+    assert [len(options) for options in vlm.asked] == [12, 11, 10] and calls(answer) == 4
+    assert np.isnan(answer.box).all() and answer.frame == -1
+
+
+@pytest.mark.parametrize("name", ["seqvlm", "vlm_grounder", "seeground"])
+def test_every_variant_answers_or_says_that_it_does_not(scan, name):
+    for choose in (one, lambda options: -1, lambda options: 99):
+        system = GROUNDERS[name](Script("chair", choose, ["table"]))
+        for inputs in system.variants:
+            (answer,) = system.ground(scan, ["the chair by the table"], inputs)
+            assert answer.box.shape == (6,) and calls(answer) >= 1
+            # a hull needs rectangles of several frames that meet: without them there is no answer
+            assert choose is not one or inputs == "2d: visual hull" or np.isfinite(answer.box).all(), inputs
+    assert system.variants[0] == FUSED
+    with pytest.raises(ValueError, match="knows '2d"):
+        system.ground(scan, ["a chair"], "3d")
+
+
+def test_links_follow_rectangles_that_overlap(scan):
+    rectangles = [np.array([[0.0, 0, 40, 40], [100, 60, 150, 110]]), np.array([[102.0, 62, 152, 112], [1, 1, 41, 41]])]
+    found = [Detections(own, ["chair"] * 2, np.ones(2)) for own in rectangles]
+    assert link_detections(found, read_shots(scan), 0.9) == [{0: 0, 1: 1}, {0: 1, 1: 0}]
+
+
+def test_owlv2_of_transformers_runs(scan):
+    import torch
+    from transformers import (
+        CLIPTokenizerFast,
+        Owlv2Config,
+        Owlv2ForObjectDetection,
+        Owlv2ImageProcessorPil,
+        Owlv2Processor,
+    )
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Owlv2Config(
+        text_config=small | {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
+        vision_config=small | {"image_size": 64, "patch_size": 16},
+        projection_dim=16,
+    )
+    words = {name: place for place, name in enumerate(["!", "<|startoftext|>", "<|endoftext|>", "chair</w>", *"chair"])}
+    tokenizer = CLIPTokenizerFast(vocab=words, merges=[], model_max_length=16)
+    processor = Owlv2Processor(Owlv2ImageProcessorPil(size={"height": 64, "width": 64}), tokenizer)
+    detector = ZeroShotDetector(Owlv2ForObjectDetection(config), processor, threshold=0.0)
+    found = detector.look(read_shots(scan).color[0], "chair")
+    assert found.rectangles.shape == (16, 4) and found.labels == ["chair"] * 16 and np.isfinite(found.scores).all()
+
+
+def test_sam_of_transformers_runs(scan):
+    import torch
+    from transformers import SamConfig, SamImageProcessorPil, SamModel, SamProcessor
+
+    torch.manual_seed(0)
+    config = SamConfig(
+        vision_config={
+            "hidden_size": 16,
+            "output_channels": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 16,
+            "mlp_dim": 16,
+            "window_size": 2,
+            "global_attn_indexes": [0],
+            "num_pos_feats": 8,
+        },
+        prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 16},
+        mask_decoder_config={
+            "hidden_size": 16,
+            "mlp_dim": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": 16,
+        },
+    )
+    processor = SamImageProcessorPil(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})
+    mask = SAM(SamModel(config), SamProcessor(processor)).segment(read_shots(scan), 0, np.array([20.0, 20, 90, 80]))
+    assert mask.shape == (120, 160) and mask.dtype == bool
