@@ -1,8 +1,13 @@
 """The zero-shot systems, answered by a script that knows the truth, by one that never decides, and by one that errs."""
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
 import pytest
 
+from w2r2.cli import main
 from w2r2.scans.overlap import aligned_iou
 from w2r2.scans.scan import Scan
 from w2r2.shipped import DATA
@@ -162,3 +167,55 @@ def test_sam_of_transformers_runs(scan):
     processor = SamImageProcessorPil(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})
     mask = SAM(SamModel(config), SamProcessor(processor)).segment(read_shots(scan), 0, np.array([20.0, 20, 90, 80]))
     assert mask.shape == (120, 160) and mask.dtype == bool
+
+
+@pytest.fixture
+def server():
+    "The address of a server whose model knows what a couch is and takes the first option; and what it was asked."
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            text = asked[-1]["messages"][0]["content"][-1]["text"]
+            if "choices: " in text:
+                said = {"choice": text.split("choices: ")[1].rstrip(".").split(", ")[0]}
+            else:
+                said = {"target": "couch", "attributes": [], "conditions": [], "anchors": []}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": json.dumps(said)}}]}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}/v1", asked
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.mark.parametrize("system", ["seqvlm", "vlm_grounder", "seeground"])
+def test_a_system_asks_a_server_by_the_command(scan, server, system, tmp_path, capsys, monkeypatch):
+    url, asked = server
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-of-mine")
+    command = [
+        "ground",
+        "scene9000_00",
+        "the couch",
+        "--system",
+        system,
+        "--url",
+        url,
+        "--store",
+        str(tmp_path / "kept"),
+    ]
+    assert main([*command, "--json"]) == 0
+    said, calls = capsys.readouterr(), len(asked)
+    box = json.loads(said.out)[0]["box"]
+    assert aligned_iou(np.array(box), scan.boxes[scan.labels.index("sofa")]) > 0.25 and calls >= 1
+    assert main([*command, "--json"]) == 0 and len(asked) == calls  # out of the store
+    assert json.loads(capsys.readouterr().out)[0]["box"] == box
+    assert "secret-of-mine" not in "".join(path.read_text() for path in (tmp_path / "kept").iterdir())
+    assert main([*command, "--html", "page.html"]) == 2 and "--inputs" in capsys.readouterr().err

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'SceneId', 'Root', 'Json', 'Html', 'Model', 'Viewer', 'Blind', 'Config', 'Set', 'ViewerKind', 'Hidden',
-           'write_page', 'show', 'looking', 'load_quietly', 'say', 'answers_to_draw', 'run_ground', 'run_ask',
-           'run_describe', 'Up', 'PoseConvention', 'run_import', 'rooms', 'Benchmark', 'run_score', 'progress_bar',
-           'run_records', 'run_encode', 'run_finetune', 'run_evaluate', 'run_diagnose', 'verdict', 'main']
+           'write_page', 'show', 'looking', 'load_quietly', 'say', 'answers_to_draw', 'System', 'say_boxes',
+           'ground_by_system', 'run_ground', 'run_ask', 'run_describe', 'Up', 'PoseConvention', 'run_import', 'rooms',
+           'Benchmark', 'run_score', 'progress_bar', 'run_records', 'run_encode', 'run_finetune', 'run_evaluate',
+           'run_diagnose', 'verdict', 'main']
 
 # %% ../nbs/03_cli.ipynb #3d4a9567
 import json
@@ -182,6 +183,48 @@ def answers_to_draw(
     ]
 
 
+class System(StrEnum):
+    "The zero-shot systems."
+
+    seqvlm = "seqvlm"
+    vlm_grounder = "vlm_grounder"
+    seeground = "seeground"
+
+
+def say_boxes(
+    texts: list[str],
+    boxes,  # (6,) arrays, NaN: none
+    as_json: bool,
+):
+    "Print a box for each description."
+    import numpy as np
+
+    said = [np.round(box, 3).tolist() if np.isfinite(box).all() else None for box in boxes]
+    say([{"text": text, "box": box} for text, box in zip(texts, said)], as_json)
+
+
+def ground_by_system(
+    scan,  # a `w2r2.scans.scan.Scan`, closed at the end
+    texts: list[str],
+    system: System,
+    inputs: str,
+    url: str,
+    vlm: str,
+    store: Path,
+    as_json: bool,
+):
+    "Ask a zero-shot system; raises ValueError for a server without an answer."
+    from w2r2.systems import seeground, seqvlm, vlm_grounder  # noqa: F401  each registers its system
+    from w2r2.systems.endpoint import Endpoint
+    from w2r2.systems.grounder import GROUNDERS
+
+    with scan, looking(scan.scene_id):
+        answers = GROUNDERS[system.value](Endpoint(url, vlm, store)).ground(scan, texts, inputs)
+    say_boxes(texts, [answer.box for answer in answers], as_json)
+    calls = sum(step.calls for answer in answers for step in answer.trace)
+    print(f"{calls} calls of {printable(vlm)}", file=sys.stderr)
+
+
 @app.command(
     "ground",
     epilog='examples: w2r2 ground scene9000_00 "the black couch" "a red armchair" --html found.html; '
@@ -201,13 +244,27 @@ def run_ground(
     ] = False,
     html: Html = None,
     viewer: Viewer = ViewerKind.page,
+    system: Annotated[
+        System | None, typer.Option(help="a zero-shot system that asks a VLM, instead of --model")
+    ] = None,
+    inputs: Annotated[str, typer.Option(help="what the system is given; 2d: without 3D")] = "2d+3d",
+    url: Annotated[
+        str, typer.Option(help="OpenAI-compatible server; key from OPENAI_API_KEY")
+    ] = "http://127.0.0.1:8000/v1",
+    vlm: Annotated[str, typer.Option(help="name of the VLM on the server")] = "Qwen/Qwen2.5-VL-7B-Instruct",
+    store: Annotated[Path, typer.Option(help="folder that keeps the server's answers")] = Path("vlm_answers"),
     as_json: Json = False,
 ):
     """Find the objects that sentences describe. A page also shows the answers with 2D only, and the candidates that
     depth gives."""
-    import numpy as np
 
     from w2r2.scans.scan import Scan
+
+    if system and (blind or refined or html):
+        raise ValueError("--blind, --refined and --html are for --model; a system has --inputs")
+    if system:
+        return ground_by_system(Scan(root, scene), texts, system, inputs, url, vlm, store, as_json)
+
     from w2r2.study import predict
 
     with Scan(root, scene) as scan, looking(scene):
@@ -216,8 +273,7 @@ def run_ground(
         if html:
             drawn = answers_to_draw(network, scan, texts, refined, options, boxes if blind is None else None)
             write_page(scan, html, viewer, drawn)
-    said = [np.round(box, 3).tolist() if np.isfinite(box).all() else None for box in boxes]
-    say([{"text": text, "box": box} for text, box in zip(texts, said)], as_json)
+    say_boxes(texts, boxes, as_json)
 
 
 @app.command("ask", epilog='example: w2r2 ask scene9000_00 "what color is the couch?" "how many chairs are there?"')

@@ -40,6 +40,13 @@ GLOSSARY = {
         "reward": "the expected IoU of the fused answer is trained beside the alignment loss (metric reward)",
         "weighted reward": "the same, weighted by Eq. 6: less for what the shortcut pass answers",
         "divergence": "the fused answer is pushed away from that of the shortcut pass, up to a bound",
+        "strong intervention": "intervention in nine training scenes of ten",
+        "marked intervention": "intervention, and the prompts of a scene that was moved say so",
+        "guide": "the only-2D answer is trained beside the fused one, which learns what that answer leaves",
+        "anchored counterfactual": "the true box is to be likelier under the true geometry than under the moved one; "
+        "for boxes that are said",
+        "privileged re-forming": "re-forming that must tell the clean points while it is shown noisy ones",
+        "sparse": "a quarter of the visual tokens is shown, others in each epoch",
         "volume": "features of a voxel volume (ImVoxelNet) beside the points of F3D, learned with Phi",
         "2D dropout": "control: a share of the training scenes is shown without 2D features",
         "3D dropout": "control: a share of the training scenes is shown without geometry",

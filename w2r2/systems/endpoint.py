@@ -24,7 +24,7 @@ from ..scans.files import parse_json
 from .vlm import Choice, Option
 
 # %% ../../nbs/systems/02_endpoint.ipynb #00000005
-class EndpointError(RuntimeError):
+class EndpointError(ValueError):
     "The server gave no answer; says what to do."
 
 
