@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'SceneId', 'Root', 'Json', 'Html', 'Model', 'Viewer', 'Blind', 'Config', 'Set', 'ViewerKind', 'Hidden',
-           'write_page', 'show', 'looking', 'load_quietly', 'say', 'answers_to_draw', 'System', 'say_boxes',
-           'ground_by_system', 'run_ground', 'run_ask', 'run_describe', 'Up', 'PoseConvention', 'run_import', 'rooms',
+           'write_page', 'show', 'looking', 'load_quietly', 'say', 'System', 'say_boxes', 'ground_by_system',
+           'run_ground', 'run_ask', 'run_describe', 'run_demo', 'Up', 'PoseConvention', 'run_import', 'rooms',
            'Benchmark', 'run_score', 'progress_bar', 'run_records', 'run_encode', 'run_finetune', 'run_evaluate',
            'run_diagnose', 'verdict', 'main']
 
@@ -151,38 +151,6 @@ def say(
         print(printable(" ".join(map(str, asked))), printable(f"  {said}"), sep="\n")
 
 
-def answers_to_draw(
-    network,  # a `w2r2.model.fused.FusedVLM`
-    scan,  # a `w2r2.scans.scan.Scan`
-    texts: list[str],
-    refined: bool,
-    options: dict,  # of `w2r2.study.predict.ground`
-    fused=None,  # (n, 6) the answers with 2D and 3D, if they are known
-) -> list:  # `w2r2.scans.page.DrawnBox`
-    "Both answers to every description, and the candidates."
-    import numpy as np
-
-    from w2r2.scans.page import DrawnBox
-    from w2r2.study import predict
-    from w2r2.tasks.proposals import propose_views
-
-    options = options | {"blind": None}
-    if fused is None:
-        fused = predict.ground(network, scan, texts, refined, **options)
-    with warnings.catch_warnings(action="ignore"):  # words it does not know have been named
-        alone = predict.ground(network, scan, texts, refined, **(options | {"blind": "3d"}))
-    views = predict.seen_views(network, scan)
-    return [
-        *(DrawnBox("candidate", box) for box in propose_views(views)),
-        *(
-            DrawnBox(kind, box, text, name)
-            for kind, name, boxes in (("fused", "2D and 3D", fused), ("2d", "2D only", alone))
-            for box, text in zip(boxes, texts)
-            if np.isfinite(box).all()
-        ),
-    ]
-
-
 class System(StrEnum):
     "The zero-shot systems."
 
@@ -271,6 +239,8 @@ def run_ground(
         network, options = load_quietly(model, blind)
         boxes = predict.ground(network, scan, texts, refined, **options)
         if html:
+            from w2r2.demo import answers_to_draw
+
             drawn = answers_to_draw(network, scan, texts, refined, options, boxes if blind is None else None)
             write_page(scan, html, viewer, drawn)
     say_boxes(texts, boxes, as_json)
@@ -328,6 +298,28 @@ def run_describe(
         captions = predict.describe(network, scan, np.array(boxes), views, **options)
         labels = dict(zip(scan.object_ids.tolist(), scan.labels))
     say([{"object": n, "label": labels[n], "caption": caption} for n, caption in zip(objects, captions)], as_json)
+
+# %% ../nbs/03_cli.ipynb #c3eaae4d
+@app.command("demo", epilog="examples: w2r2 demo; w2r2 demo --root my_scans --port 9000")
+def run_demo(
+    root: Annotated[
+        list[Path], typer.Option(help="folder of scans to show beside the sample scenes; may be given again")
+    ] = [],
+    model: Model = DATA / "rooms-tiny-finetuned",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8710,
+):
+    "Serve a page on this machine on which sentences are typed and both answers shown."
+    import asyncio
+
+    from w2r2.demo import Demo, serve_demo
+
+    def started(address):
+        print(f"open {address} in a browser on this machine; Ctrl-C ends it", flush=True)
+
+    try:
+        asyncio.run(serve_demo(Demo(model, root), port, started))
+    except KeyboardInterrupt:
+        print("ended")
 
 # %% ../nbs/03_cli.ipynb #0aa0c84b
 class Up(StrEnum):
