@@ -250,7 +250,8 @@ def is_host(folder: str | Path) -> bool:
     if (folder / HOST_FILE).is_file():
         return True
     config = folder / "config.json"
-    return config.is_file() and parse_json(config.read_bytes(), config).get("model_type") == VGLLMConfig.model_type
+    content = parse_json(config.read_bytes(), config) if config.is_file() else None
+    return isinstance(content, dict) and content.get("model_type") == VGLLMConfig.model_type
 
 
 def read_host(
