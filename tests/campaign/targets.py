@@ -555,13 +555,15 @@ def make(folder: Path) -> list[Target]:
         return {name: told(value) for name, value in vars(opened).items() if isinstance(value, np.ndarray | list)}
 
     store("prepared views", ["views/*"], lambda at: arrays(Prepared.open(at / "views")))
-    feature_files = ["f2d.npy", "geometry_0.npy", "visual_index.npy", "poses.npy", "scenes.json", "manifest.json"]
-    store("features", feature_files, lambda at: arrays(Features.open(at)))
+    names = ["f2d.npy", "geometry_0.npy", "visual_index.npy", "poses.npy", "scenes.json", "manifest.json"]
+    store("features", [f"features/{name}" for name in names], lambda at: arrays(Features.open(at / "features")))
     store(
         "queries",
-        ["queries.*"],
+        ["features/queries.*"],
         lambda at: (
-            arrays(queries := Queries.open(at)) | arrays(queries.prompts) | {"answers": told(queries.answers.values)}
+            arrays(queries := Queries.open(at / "features"))
+            | arrays(queries.prompts)
+            | {"answers": told(queries.answers.values)}
         ),
     )
     store("candidates", ["candidates_true.*"], lambda at: arrays(Candidates.open(at / "candidates_true.npz")))
@@ -572,7 +574,7 @@ def make(folder: Path) -> list[Target]:
         }
 
     def views_of(at):
-        return Features.open(at).made_from
+        return Features.open(at / "features").made_from
 
     store("proposals of a split", ["proposals/*"], proposed)
 
