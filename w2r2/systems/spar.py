@@ -67,7 +67,7 @@ class PixelDepth:
         poses: np.ndarray,  # (V, 4, 4)
         intrinsic: np.ndarray,
     ) -> tuple[np.ndarray | None, str]:
-        "The (6,) box in the scan frame and 'ok', or None and the kind of fault. Only the first object in braces counts."
+        "The (6,) box in the scan frame and 'ok', or None and the kind of fault. Only the first braces count."
         found = re.search(r"\{[^{}]*\}", text)
         if found is None:
             return None, "no box"
