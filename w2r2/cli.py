@@ -551,8 +551,8 @@ def run_evaluate(
 # %% ../nbs/03_cli.ipynb #58002afd
 @app.command(
     "diagnose",
-    epilog="examples: w2r2 diagnose card; w2r2 diagnose card --system spar; w2r2 diagnose card --system my_module:MySystem --queries 80; "
-    "w2r2 diagnose card --answers card/answers.json",
+    epilog="examples: w2r2 diagnose card; w2r2 diagnose card --system spar; w2r2 diagnose card --system "
+    "my_module:MySystem --queries 80; w2r2 diagnose card --answers card/answers.json",
 )
 def run_diagnose(
     out: Annotated[Path, typer.Argument(help="folder for card.html, card.json and answers.json")],
