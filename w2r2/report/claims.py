@@ -7,7 +7,7 @@ __all__ = ['PAPER', 'REPRODUCED', 'NOT_REPRODUCED', 'OPPOSITE', 'NOT_DECIDED', '
            'PENDING', 'STATUSES', 'CHECKS', 'EQUIVALENCE', 'GAIN', 'LOSS', 'EQUAL', 'NO_GAIN', 'OPEN', 'STATUS_OF',
            'SAID', 'LINKS', 'read_paper', 'Finding', 'check', 'overall', 'reachable', 'granularity', 'nearest_variant',
            'quoted', 'blind_is_better', 'premise', 'drops', 'leads', 'figure_and_table', 'hinge_gradient', 'gradient',
-           'hinge', 'judged', 'not_less', 'by_seed', 'compare', 'peak', 'audit']
+           'hinge', 'judged', 'not_less', 'by_seed', 'compare', 'peak', 'compare_picks', 'audit']
 
 # %% ../../nbs/report/04_claims.ipynb #5f9f1ae5
 from collections.abc import Callable
@@ -394,7 +394,7 @@ def compare(
         return Finding(
             by_seed(values > above),
             f"{what}: {100 * values.mean():.2g} % on average ({100 * values.min():.2g} to {100 * values.max():.2g} by "
-            f"seed, {len(values)} seeds); the claim needs more than {100 * above:g} %",
+            f"seed, {len(values)} seed{'s' * (len(values) > 1)}); the claim needs more than {100 * above:g} %",
         )
     what += f" {'of' if share else 'minus'} {_say(b)}"
     d = contrast(chosen, a, b, scores)
@@ -447,6 +447,33 @@ def peak(
         f"{said}: {in_points(d)}{SAID.get(word, '')}; {_sample(chosen, {dial: at}, {dial: rival}, d)}",
     )
 
+# %% ../../nbs/report/04_claims.ipynb #5d770219
+def compare_picks(
+    trial: dict[str, pd.DataFrame],  # from `w2r2.study.push_trial.read_trial`
+    where: dict,  # `set` and `regime`
+    question: dict,  # arguments of `compare`; a difference is one of an arm and `plain`
+) -> Finding:
+    "Decide a claim by runs that pick a candidate."
+    named = f"set {where['set']}, regime '{where['regime']}'"
+    if "share" in question or "above" in question:
+        found = compare(select(trial["results"], **where), **question)
+        return Finding(found.status, f"{named}: {found.evidence}")
+    arms = [question[side]["arm"] for side in ("a", "b")]
+    arm, sign = (arms[0], 1) if arms[1] == "plain" else (arms[1], -1)
+    choice = question["choose"] | {"pass": question["choose"]["pass"].replace("2d", "2D only")}
+    rows = select(trial["differences"], **where, **choice, arm=arm, kind="all")
+    if len(rows) != 1:
+        return Finding(PENDING, f"{named}: no stored difference of {arms[0]} and {arms[1]}")
+    low, high = sorted(sign * rows[["low", "high"]].iloc[0])
+    d = Difference(sign * rows["value"].item(), low, high, len(rows), np.nan)
+    figures = select(trial["figures"], **where, arm=arm)
+    word = judged(d.low, d.high)
+    return Finding(
+        STATUS_OF[word],
+        f"{named}: split {choice['split']}, Acc@0.25, pass {choice['pass']}; {arms[0]} minus {arms[1]}: "
+        f"{in_points(d)}{SAID.get(word, '')}; {figures['seeds'].max()} seeds, {figures['n'].max():,} descriptions",
+    )
+
 # %% ../../nbs/report/04_claims.ipynb #e3e737e8
 LINKS = {
     "overall": "the-overall-column",
@@ -470,8 +497,9 @@ def audit(
     | str
     # the regime that decides: geometry noise, in the place of reconstructed geometry; None: the noisiest
     | None = None,
+    trial: dict | None = None,  # from `w2r2.study.push_trial.read_trial`: runs that pick among candidates
 ) -> pd.DataFrame:  # id, where, claim, status, evidence, link
-    "Every claim with what became of it; boxes as the model gives them, not refined by proposals."
+    "Every claim with what became of it; boxes as the model gives them, not refined by proposals, or picked."
     paper, rows = paper or read_paper(), []
     if results is not None:
         results, noise = results[results.proposals != "yes"], noisiest(results.noise) if noise is None else noise
@@ -484,6 +512,13 @@ def audit(
             )
         elif "status" in claim:
             finding, link = Finding(claim["status"], claim["evidence"]), claim["link"]
+        elif "trial" in claim:
+            link = "report/04_claims.ipynb#where-candidates-are-picked"
+            finding = (
+                compare_picks(trial, claim["trial"], claim["compare"])
+                if trial
+                else Finding(PENDING, "no trial was read")
+            )
         elif results is None:
             finding = Finding(PENDING, "no results yet")
         else:
