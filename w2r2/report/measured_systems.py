@@ -44,7 +44,7 @@ def read_systems(
     }
     for name, columns in needed.items():
         path = folder / f"{name}.csv"
-        table = pd.read_csv(regular_file(path))
+        table = pd.read_csv(regular_file(path), dtype={"vlm": object, "why": object})
         if missing := [column for column in columns if column not in table]:
             raise ScanNetError(path, "header", f"lacks {', '.join(missing)}", "Write it again with `make systems`")
         tables[name] = table.fillna({"vlm": "", "why": ""})
