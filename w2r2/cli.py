@@ -176,18 +176,18 @@ def ground_by_system(
     texts: list[str],
     system: System,
     inputs: str,
-    url: str,
+    url: str | None,
     vlm: str,
     store: Path,
     as_json: bool,
 ):
     "Ask a zero-shot system; raises ValueError for a server without an answer."
     from w2r2.systems import seeground, seqvlm, vlm_grounder  # noqa: F401  each registers its system
-    from w2r2.systems.endpoint import Endpoint
     from w2r2.systems.grounder import GROUNDERS
+    from w2r2.systems.reference_vlms import vlm_named
 
     with scan, looking(scan.scene_id):
-        answers = GROUNDERS[system.value](Endpoint(url, vlm, store)).ground(scan, texts, inputs)
+        answers = GROUNDERS[system.value](vlm_named(vlm, url, store)).ground(scan, texts, inputs)
     say_boxes(texts, [answer.box for answer in answers], as_json)
     calls = sum(step.calls for answer in answers for step in answer.trace)
     print(f"{calls} calls of {printable(vlm)}", file=sys.stderr)
@@ -217,10 +217,19 @@ def run_ground(
     ] = None,
     inputs: Annotated[str, typer.Option(help="what the system is given; 2d: without 3D")] = "2d+3d",
     url: Annotated[
-        str, typer.Option(help="OpenAI-compatible server; key from OPENAI_API_KEY")
-    ] = "http://127.0.0.1:8000/v1",
-    vlm: Annotated[str, typer.Option(help="name of the VLM on the server")] = "Qwen/Qwen2.5-VL-7B-Instruct",
-    store: Annotated[Path, typer.Option(help="folder that keeps the server's answers")] = Path("vlm_answers"),
+        str | None,
+        typer.Option(
+            help="OpenAI-compatible server that has --vlm, such as http://127.0.0.1:8000/v1; key from OPENAI_API_KEY"
+        ),
+    ] = None,
+    vlm: Annotated[
+        str,
+        typer.Option(
+            help="VLM of a system: its name on the server; without --url rooms (the tiny one that comes with "
+            "w2r2), random, or a model of transformers by folder or hub name"
+        ),
+    ] = "rooms",
+    store: Annotated[Path, typer.Option(help="folder that keeps a VLM's answers")] = Path("vlm_answers"),
     as_json: Json = False,
 ):
     """Find the objects that sentences describe. A page also shows the answers with 2D only, and the candidates that
