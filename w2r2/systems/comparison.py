@@ -45,7 +45,7 @@ class Contender:
 
     @property
     def name(self) -> str:
-        return f"{self.row}: {self.about}"
+        return f"{self.row}: {self.about}" + (f", VLM {self.vlm}" if self.vlm else "")
 
 # %% ../../nbs/systems/30_comparison.ipynb #00000006
 @dataclass(frozen=True)
