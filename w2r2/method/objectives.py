@@ -144,13 +144,7 @@ def deter(
     "Eq. 6 of a batch, with its shortcut pass."
     spec = READINGS.get(reading)
     if spec is not None and spec.moved:
-        targets = Targets(
-            displace(targets.batch, math.prod(model.config.grid)),
-            targets.bins,
-            targets.first_bin,
-            targets.sigma,
-            targets.coordinate_weight,
-        )
+        targets = targets.of(displace(targets.batch, math.prod(model.config.grid)))
     if scenes is not None:
         fused_logits, targets = fused_logits[scenes[targets.query // targets.size[1]]], targets.take(scenes)
     if spec is None or spec.penalty is None or not spec.shortcut:

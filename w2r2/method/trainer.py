@@ -65,6 +65,7 @@ class W2R2Config(TrainingArguments):
     tokens: int = field(default=0, metadata={"help": "Visual tokens that a training scene keeps, at random; 0: all."})
     blind: int = field(default=0, metadata={"help": "First so many steps without F3D and without the push."})
     sigma: float = field(default=1.0, metadata={"help": "Width of the soft labels of coordinates, in bins."})
+    positives: float = field(default=0.0, metadata={"help": "IoU from which a candidate is right; 0: soft labels."})
     curriculum: int = field(
         default=0, metadata={"help": "Steps until coordinates count as much as other tokens; see coordinate_weight."}
     )
@@ -324,7 +325,8 @@ class W2R2Trainer(Trainer):
     def _targets(self, inputs: dict[str, torch.Tensor]) -> Targets:
         "What a batch should say at this step."
         weight = coordinate_weight(self.state.global_step, self.args.curriculum)
-        return Targets(inputs, self.packer.bins, self.packer.first_bin, self.args.sigma, weight)
+        bins, first_bin = self.packer.bins, self.packer.first_bin
+        return Targets(inputs, bins, first_bin, self.args.sigma, weight, self.args.positives)
 
     def _push(self, model, logits, targets, scenes, items) -> tuple[Push, dict[str, torch.Tensor]]:
         "Eq. 6 of some scenes, and the share of queries of each task where it acts."

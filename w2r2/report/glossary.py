@@ -48,6 +48,8 @@ GLOSSARY = {
         "privileged re-forming": "re-forming that must tell the clean points while it is shown noisy ones",
         "sparse": "a quarter of the visual tokens is shown, others in each epoch",
         "volume": "features of a voxel volume (ImVoxelNet) beside the points of F3D, learned with Phi",
+        "Video-3D LLM": "plain, with Video-3D LLM's position code, pick and loss",
+        "Video-3D LLM, direct": "the same, with Eq. 6 as in direct",
         "2D dropout": "control: a share of the training scenes is shown without 2D features",
         "3D dropout": "control: a share of the training scenes is shown without geometry",
     },

@@ -95,7 +95,7 @@ def finetune(
     if harder := run.pop("harder", 0):
         weights = np.where(cue >= 0, float(harder), 1.0)
     if source := run.pop("candidates", None):
-        add_picks(model, run.pop("hops", 3))
+        add_picks(model, run.pop("hops", 3), run.pop("picker", "two-hop"))
         shown = Shown.tokenised(Candidates.open(train / f"candidates_{source}.npz"), tokenizer)
         if root := settings.get("root"):
             asked = Asked(root, settings["features"], "val", noise, source, tokenizer, 8, 65)
