@@ -12,6 +12,7 @@ from pathlib import Path
 import fastjsonschema
 import yaml
 
+from ..method.conversation_trainer import HOST_READINGS
 from ..metrics import PROTOCOLS
 from ..model.host_fusion import HOST_FUSIONS
 from ..scans.files import ScanNetError, check_weight, regular_file
@@ -74,7 +75,7 @@ FULL_SCHEMA = _section(
         "train": _section(
             {
                 "folder": _WORD,
-                "reading": {"enum": ["none", "literal", "direct"]},
+                "reading": {"enum": list(HOST_READINGS)},
                 "lam": {"type": "number", "minimum": 0, "maximum": 1e6},
                 "mu": _SHARE,
                 "push_every": _COUNT,

@@ -134,7 +134,7 @@ def warn_if_too_large(model: nn.Module, settings: dict, args: W2R2Config, state:
         settings["records"]["frames"],
         size,
         counted=count_model(model),
-        both=args.reading != "none",
+        both=args.reading not in ("none", "reward"),
         batch=args.per_device_train_batch_size,
         checkpointing=args.gradient_checkpointing,
         cards=state.num_processes if sharded else 1,
