@@ -6,8 +6,8 @@
 __all__ = ['app', 'SceneId', 'Root', 'Json', 'Html', 'Model', 'Viewer', 'Blind', 'Config', 'Set', 'ViewerKind', 'Hidden',
            'write_page', 'show', 'looking', 'load_quietly', 'say', 'System', 'say_boxes', 'ground_by_system',
            'run_ground', 'run_ask', 'run_describe', 'run_demo', 'Up', 'PoseConvention', 'run_import', 'rooms',
-           'Benchmark', 'run_score', 'progress_bar', 'run_records', 'run_encode', 'run_finetune', 'run_evaluate',
-           'run_diagnose', 'verdict', 'main']
+           'Benchmark', 'run_score', 'run_lmms', 'progress_bar', 'run_records', 'run_encode', 'run_finetune',
+           'run_evaluate', 'run_diagnose', 'verdict', 'main']
 
 # %% ../nbs/03_cli.ipynb #3d4a9567
 import json
@@ -445,6 +445,25 @@ def run_score(
 
     scored = scored_by(predictions, benchmark.value, protocol, annotations, k, meteor, subset)
     print(scored.json()) if as_json else Console().print(scored.table())
+
+# %% ../nbs/03_cli.ipynb #39d06649
+@app.command(
+    "lmms",
+    epilog="examples: w2r2 lmms tasks; w2r2 lmms tasks --root build/rooms --split val --name rooms; then python -m "
+    "lmms_eval --include_path tasks --tasks rooms --model qwen2_5_vl",
+)
+def run_lmms(
+    out: Annotated[Path, typer.Argument(help="folder of the tasks; created if missing")],
+    root: Root = DATA / "samples",
+    split: Annotated[str, typer.Option(help="a split of the release")] = "samples",
+    name: Annotated[str, typer.Option(help="of the group; its tasks are NAME_scanrefer and so on")] = "w2r2",
+    frames: Annotated[int, typer.Option(min=1, help="shown with each question")] = 8,
+):
+    "Write ScanRefer, Scan2Cap and ScanQA of a release as external tasks of lmms-eval."
+    from w2r2.systems.lmms_tasks import write_lmms_tasks
+
+    made = write_lmms_tasks(root, split, out, name, frames, progress_bar("scenes"))
+    print(f"{printable(out)}: " + ", ".join(f"{n} questions of {name}_{task}" for task, n in made.items()))
 
 # %% ../nbs/03_cli.ipynb #e0636f59
 Config = Annotated[Path, typer.Option(help="parameter file; see params.scannet.yaml")]
