@@ -42,7 +42,8 @@ def saved_answer(doc, number):
     if doc["task"] == "scanrefer":
         box = np.array(truth[0]["bbox"]) + (number % 3) * np.array([5, 0, 0, 0, 0, 0])
         return NineNumbers(decimals=4).write(1, box, np.array(doc["poses"]))
-    return (truth[0]["description"] if doc["task"] == "scan2cap" else truth[0]["answers"][0])[(number % 3) * 5 :]
+    text = truth[0]["description"] if doc["task"] == "scan2cap" else truth[0]["answers"][0]
+    return text[(number % 3) * 5 :].strip()  # lmms-eval strips what a model says
 
 
 def figures_by_hand(folder, task):

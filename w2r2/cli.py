@@ -6,8 +6,8 @@
 __all__ = ['app', 'SceneId', 'Root', 'Json', 'Html', 'Model', 'Viewer', 'Blind', 'Config', 'Set', 'ViewerKind', 'Hidden',
            'write_page', 'show', 'looking', 'load_quietly', 'say', 'System', 'say_boxes', 'ground_by_system',
            'run_ground', 'run_ask', 'run_describe', 'run_demo', 'Up', 'PoseConvention', 'run_import', 'rooms',
-           'Benchmark', 'run_score', 'run_lmms', 'progress_bar', 'run_records', 'run_encode', 'run_finetune',
-           'run_evaluate', 'run_diagnose', 'verdict', 'main']
+           'Benchmark', 'run_score', 'run_lmms', 'run_predict', 'progress_bar', 'run_records', 'run_encode',
+           'run_finetune', 'run_evaluate', 'run_diagnose', 'verdict', 'main']
 
 # %% ../nbs/03_cli.ipynb #3d4a9567
 import json
@@ -464,6 +464,27 @@ def run_lmms(
 
     made = write_lmms_tasks(root, split, out, name, frames, progress_bar("scenes"))
     print(f"{printable(out)}: " + ", ".join(f"{n} questions of {name}_{task}" for task, n in made.items()))
+
+# %% ../nbs/03_cli.ipynb #0d09189c
+@app.command(
+    "predict",
+    epilog="examples: w2r2 predict said; w2r2 predict said_2d --blind 3d; w2r2 score said/scanrefer.jsonl "
+    "--benchmark scanrefer --protocol beacon3d --annotations said/scanrefer_truth.jsonl",
+)
+def run_predict(
+    out: Annotated[Path, typer.Argument(help="folder for the answers to each task, and ScanRefer's true boxes")],
+    root: Root = DATA / "samples",
+    split: Annotated[str, typer.Option(help="a split of the release")] = "samples",
+    model: Model = DATA / "rooms-tiny-finetuned",
+    blind: Blind = None,
+):
+    "Answer all descriptions, objects and questions of a split, into files that w2r2 score reads."
+    from w2r2.study.release_answers import answer_release, described_boxes, write_release_answers
+
+    truth = described_boxes(root, split)
+    said = answer_release(model, root, split, blind and blind.value, progress_bar("scenes"))
+    made = write_release_answers(said | {"scanrefer_truth": truth}, out)
+    print(f"{printable(out)}: " + ", ".join(path.name for path in made))
 
 # %% ../nbs/03_cli.ipynb #e0636f59
 Config = Annotated[Path, typer.Option(help="parameter file; see params.scannet.yaml")]
