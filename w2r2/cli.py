@@ -422,7 +422,8 @@ class Benchmark(StrEnum):
 @app.command(
     "score",
     epilog="example: w2r2 score --benchmark scanrefer --protocol scanrefer predictions.json "
-    "--annotations ScanRefer_filtered_val.json. A protocol that does not exist is answered with those that do.",
+    "--annotations ScanRefer_filtered_val.json. A protocol that does not exist is answered with those that do. "
+    "A row for the leaderboard: add --submit NAME.",
 )
 def run_score(
     predictions: Annotated[list[str], typer.Argument(help="prediction file, or one for each seed")],
@@ -436,15 +437,25 @@ def run_score(
     subset: Annotated[
         str | None, typer.Option(help="scanrefer250: only the 250 queries of ScanRefer that training-free systems use")
     ] = None,
+    submit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="also write reports/leaderboard/NAME-BENCHMARK-PROTOCOL.json, a row to propose"
+        ),
+    ] = None,
     as_json: Json = False,
 ):
     "Score a prediction file under a published protocol."
     from rich.console import Console
 
     from w2r2.metrics.scoring import score as scored_by
+    from w2r2.metrics.submissions import submission, write_submission
 
     scored = scored_by(predictions, benchmark.value, protocol, annotations, k, meteor, subset)
     print(scored.json()) if as_json else Console().print(scored.table())
+    if submit:
+        path = write_submission(submission(submit, scored, predictions, annotations, subset))
+        print(f"{printable(path)}: add it by a pull request", file=sys.stderr)
 
 # %% ../nbs/03_cli.ipynb #39d06649
 @app.command(
