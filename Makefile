@@ -94,6 +94,6 @@ hooks: $(READY) ## in this clone, git diffs notebooks by cell (nbdime) and merge
 	git config --local include.path ../.gitconfig
 
 lock: $(READY) ## requirements.lock from settings.ini (needs uv; wheels of torch without CUDA in its find-links)
-	uv pip compile --quiet --upgrade --all-extras --no-header --no-annotate --python-version 3.11 -o requirements.lock setup.py
+	uv pip compile --quiet --upgrade --extra models --extra pipeline --extra dev --no-header --no-annotate --python-version 3.11 -o requirements.lock setup.py
 	sed -i 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements.lock
 	@! grep -iE '^(nvidia-(cu|nccl|nv)|triton|cuda)' requirements.lock || { echo 'The lock holds CUDA packages: compile it where pip finds a CPU build of torch.'; exit 1; }

@@ -6,8 +6,8 @@
 __all__ = ['app', 'SceneId', 'Root', 'Json', 'Html', 'Model', 'Viewer', 'Blind', 'Config', 'Set', 'ViewerKind', 'Hidden',
            'write_page', 'show', 'looking', 'load_quietly', 'say', 'System', 'say_boxes', 'ground_by_system',
            'run_ground', 'run_ask', 'run_describe', 'run_demo', 'Up', 'PoseConvention', 'run_import', 'rooms',
-           'Benchmark', 'run_score', 'progress_bar', 'run_records', 'run_encode', 'run_finetune', 'run_evaluate',
-           'run_diagnose', 'verdict', 'main']
+           'Benchmark', 'run_score', 'run_lmms', 'run_predict', 'progress_bar', 'run_records', 'run_encode',
+           'run_finetune', 'run_evaluate', 'run_diagnose', 'verdict', 'main']
 
 # %% ../nbs/03_cli.ipynb #3d4a9567
 import json
@@ -422,7 +422,8 @@ class Benchmark(StrEnum):
 @app.command(
     "score",
     epilog="example: w2r2 score --benchmark scanrefer --protocol scanrefer predictions.json "
-    "--annotations ScanRefer_filtered_val.json. A protocol that does not exist is answered with those that do.",
+    "--annotations ScanRefer_filtered_val.json. A protocol that does not exist is answered with those that do. "
+    "A row for the leaderboard: add --submit NAME.",
 )
 def run_score(
     predictions: Annotated[list[str], typer.Argument(help="prediction file, or one for each seed")],
@@ -436,15 +437,65 @@ def run_score(
     subset: Annotated[
         str | None, typer.Option(help="scanrefer250: only the 250 queries of ScanRefer that training-free systems use")
     ] = None,
+    submit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="also write reports/leaderboard/NAME-BENCHMARK-PROTOCOL.json, a row to propose"
+        ),
+    ] = None,
     as_json: Json = False,
 ):
     "Score a prediction file under a published protocol."
     from rich.console import Console
 
     from w2r2.metrics.scoring import score as scored_by
+    from w2r2.metrics.submissions import submission, write_submission
 
     scored = scored_by(predictions, benchmark.value, protocol, annotations, k, meteor, subset)
     print(scored.json()) if as_json else Console().print(scored.table())
+    if submit:
+        path = write_submission(submission(submit, scored, predictions, annotations, subset))
+        print(f"{printable(path)}: add it by a pull request", file=sys.stderr)
+
+# %% ../nbs/03_cli.ipynb #39d06649
+@app.command(
+    "lmms",
+    epilog="examples: w2r2 lmms tasks; w2r2 lmms tasks --root build/rooms --split val --name rooms; then python -m "
+    "lmms_eval --include_path tasks --tasks rooms --model qwen2_5_vl",
+)
+def run_lmms(
+    out: Annotated[Path, typer.Argument(help="folder of the tasks; created if missing")],
+    root: Root = DATA / "samples",
+    split: Annotated[str, typer.Option(help="a split of the release")] = "samples",
+    name: Annotated[str, typer.Option(help="of the group; its tasks are NAME_scanrefer and so on")] = "w2r2",
+    frames: Annotated[int, typer.Option(min=1, help="shown with each question")] = 8,
+):
+    "Write ScanRefer, Scan2Cap and ScanQA of a release as external tasks of lmms-eval."
+    from w2r2.systems.lmms_tasks import write_lmms_tasks
+
+    made = write_lmms_tasks(root, split, out, name, frames, progress_bar("scenes"))
+    print(f"{printable(out)}: " + ", ".join(f"{n} questions of {name}_{task}" for task, n in made.items()))
+
+# %% ../nbs/03_cli.ipynb #0d09189c
+@app.command(
+    "predict",
+    epilog="examples: w2r2 predict said; w2r2 predict said_2d --blind 3d; w2r2 score said/scanrefer.jsonl "
+    "--benchmark scanrefer --protocol beacon3d --annotations said/scanrefer_truth.jsonl",
+)
+def run_predict(
+    out: Annotated[Path, typer.Argument(help="folder for the answers to each task, and ScanRefer's true boxes")],
+    root: Root = DATA / "samples",
+    split: Annotated[str, typer.Option(help="a split of the release")] = "samples",
+    model: Model = DATA / "rooms-tiny-finetuned",
+    blind: Blind = None,
+):
+    "Answer all descriptions, objects and questions of a split, into files that w2r2 score reads."
+    from w2r2.study.release_answers import answer_release, described_boxes, write_release_answers
+
+    truth = described_boxes(root, split)
+    said = answer_release(model, root, split, blind and blind.value, progress_bar("scenes"))
+    made = write_release_answers(said | {"scanrefer_truth": truth}, out)
+    print(f"{printable(out)}: " + ", ".join(path.name for path in made))
 
 # %% ../nbs/03_cli.ipynb #e0636f59
 Config = Annotated[Path, typer.Option(help="parameter file; see params.scannet.yaml")]
