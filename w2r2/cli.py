@@ -602,14 +602,19 @@ def run_evaluate(
 # %% ../nbs/03_cli.ipynb #58002afd
 @app.command(
     "diagnose",
-    epilog="examples: w2r2 diagnose card; w2r2 diagnose card --system my_module:MySystem --queries 80; "
-    "w2r2 diagnose card --answers card/answers.json",
+    epilog="examples: w2r2 diagnose card; w2r2 diagnose card --system spar; w2r2 diagnose card --system "
+    "my_module:MySystem --queries 80; w2r2 diagnose card --answers card/answers.json",
 )
 def run_diagnose(
     out: Annotated[Path, typer.Argument(help="folder for card.html, card.json and answers.json")],
     system: Annotated[
         str | None,
-        typer.Option(metavar="MODULE:CLASS", help="a class with ground(scan, texts, inputs)", show_default="--model"),
+        typer.Option(
+            metavar="NAME",
+            help="fused, vg-llm, video-3d-llm or spar around --model; or MODULE:CLASS with a "
+            "ground(scan, texts, inputs)",
+            show_default="fused",
+        ),
     ] = None,
     answers: Annotated[
         Path | None, typer.Option(help="recorded answers to make the card of, instead of asking a system")
@@ -629,7 +634,7 @@ def run_diagnose(
     import tempfile
 
     from w2r2.scans.scan import Scan
-    from w2r2.systems.asking import ModelFolder, ask_system, choose_queries, read_recorded, system_named
+    from w2r2.systems.asking import ask_system, choose_queries, read_recorded, system_named
     from w2r2.systems.card import make_card
     from w2r2.systems.card_page import write_card
     from w2r2.tasks.samples import read_scanrefer
@@ -639,13 +644,13 @@ def run_diagnose(
     if answers:
         said = read_recorded(answers)
     else:
-        asked = system and system_named(system)
-        tiny = ModelFolder(model)
+        reader = system_named("fused", model)
+        asked = system_named(system, *([] if ":" in system else [model])) if system else reader
         chosen = choose_queries(read_scanrefer(records)[0], queries, scenes, seed)
         scans = [Scan(root, scene) for scene in sorted({record["scene_id"] for record in chosen})]
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out) as cache:  # there, so that large recordings can be linked
-            said = ask_system(asked or tiny, scans, chosen, cache, system or model.name, tiny, seed)
+            said = ask_system(asked, scans, chosen, cache, system or model.name, reader, seed)
         for scan in scans:
             scan.close()
         said.write(out / "answers.json")

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .claims import GAIN, LOSS, OPEN, judged
 from .figures import styled
 from .results import contrast, geometries, select
 from .tables import as_long
@@ -24,7 +25,7 @@ def against_plain(
     metric: str = "Acc@0.25",
     proposals: str = "no",  # or "yes": boxes refined by proposals
     scores: dict = {},  # per scene, from `w2r2.report.results.read_scores`
-) -> pd.DataFrame:  # noise, where, arm, against, seeds, value, low, high: points of accuracy
+) -> pd.DataFrame:  # noise, where, arm, against, seeds, value, low, high: points of accuracy; word, from `judged`
     """Fused accuracy of every arm minus that of the arm of plain fine-tuning with as many steps, in pairs of queries
     and seeds."""
     chosen, rows = select(results, task="scanrefer", metric=metric, proposals=proposals, **{"pass": "fused"}), []
@@ -50,9 +51,10 @@ def against_plain(
                     "value": 100 * d.value,
                     "low": 100 * d.low,
                     "high": 100 * d.high,
+                    "word": judged(d.low, d.high),
                 }
             )
-    return pd.DataFrame(rows, columns=["noise", "where", "arm", "against", "seeds", "value", "low", "high"])
+    return pd.DataFrame(rows, columns=["noise", "where", "arm", "against", "seeds", "value", "low", "high", "word"])
 
 # %% ../../nbs/report/06_findings.ipynb #edd5bdeb
 @styled
@@ -68,8 +70,9 @@ def forest(
         part = differences[differences["where"] == place].set_index("arm").reindex(arms)
         axis.axvline(0, color="0.6", lw=0.8)
         axis.hlines(range(len(arms)), part.low, part.high, color="black", lw=1)
-        clear = ((part.low > 0) | (part.high < 0)).to_numpy()
-        for chosen, face in ((clear, "black"), (~clear, "white")):
+        shades = [("black" if word in (GAIN, LOSS) else "white" if word == OPEN else "0.6") for word in part.word]
+        for face in ("black", "0.6", "white"):
+            chosen = np.array(shades) == face
             axis.scatter(part.value[chosen], np.flatnonzero(chosen), s=18, facecolor=face, edgecolor="black", zorder=3)
         axis.set(
             title=place,

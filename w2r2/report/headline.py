@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .claims import read_paper
+from .claims import EQUAL, EQUIVALENCE, GAIN, LOSS, NO_GAIN, judged, read_paper
 from .figures import styled
 from .results import cells, contrast, in_points, noisiest, read_results, select
 from .tables import at_defaults
@@ -48,7 +48,8 @@ def headline(
     reports: str | Path,  # folder of the committed reports: results.csv, trial/, tables/differences.csv
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Two tables in percent, one row for each setting, arm and pass ("fused", "2d"): accuracies at IoU 0.25 on test
-    (value, low, high), and differences from plain fine-tuning in points (the same columns)."""
+    (value, low, high), and differences from plain fine-tuning in points (the same columns, and `word`, from
+    `w2r2.report.claims.judged`)."""
     reports = Path(reports)
     said = at_defaults(read_results(reports / "results.csv"), read_paper()["defaults"])
     said = select(
@@ -85,7 +86,9 @@ def headline(
         for table, rows in ((accuracies, figures), (differences, changes)):
             rows = rows.assign(setting=setting, role=[ROLES.get(arm, "best") for arm in rows.arm])
             table.append(rows[["setting", "role", "arm", "pass", "value", "low", "high"]])
-    return pd.concat(accuracies, ignore_index=True), pd.concat(differences, ignore_index=True)
+    accuracies, differences = pd.concat(accuracies, ignore_index=True), pd.concat(differences, ignore_index=True)
+    words = [judged(row.low / 100, row.high / 100) for row in differences.itertuples()]
+    return accuracies, differences.assign(word=words)
 
 # %% ../../nbs/report/19_headline.ipynb #0000000a
 @styled
@@ -141,8 +144,9 @@ def headline_text(
     seeds = results[results.arm.isin(accuracies.arm)].groupby(["arm", "noise"]).seed.nunique()
     fused, alone = (rows for _, rows in differences[differences.role == "W2R2"].groupby("pass", sort=False))
     best = differences[(differences.role == "best") & (differences["pass"] == "fused")]
-    gained = [f"{row.arm} ({_place(row)})" for row in best[best.low > 0].itertuples()]
-    better, lost = fused[fused.low > 0], alone[alone.high < 0]
+    gained = [f"{row.arm} ({_place(row)})" for row in best[best.word == GAIN].itertuples()]
+    counts = {word: int(np.sum(fused.word == word)) for word in (GAIN, LOSS, EQUAL, NO_GAIN)}
+    without, lost = counts[EQUAL] + counts[NO_GAIN], alone[alone.word == LOSS]
     falls = ", ".join(f"{_points(row)} ({_place(row)})" for row in lost.itertuples())
     noisy = select(
         results, task="scanrefer", metric="Acc@0.25", noise=noisiest(results.noise), proposals="no", **{"pass": "fused"}
@@ -167,8 +171,10 @@ def headline_text(
         f"{seeds.min()} to {seeds.max()} random seeds each on synthetic rooms, in {len(SETTINGS)} settings (the "
         "picture), and asked each about rooms it had not seen, once with and once without 3D.",
         "**Came out:** with the paper's weights, W2R2 changes the accuracy with 2D and 3D by "
-        f"{fused.value.min():+.1f} to {fused.value.max():+.1f} points, a gain beyond its 95 % interval in "
-        f"{len(better) or 'none'} of the {len(fused)} settings; the accuracy from 2D alone falls beyond its "
+        f"{fused.value.min():+.1f} to {fused.value.max():+.1f} points: a gain in {counts[GAIN] or 'none'} of the "
+        f"{len(fused)} settings, a loss in {counts[LOSS] or 'none'}, in {without} a gain of "
+        f"{100 * EQUIVALENCE:g} point is ruled out, and in {len(fused) - without - counts[GAIN] - counts[LOSS]} it is "
+        "undecided (by 95 % intervals); the accuracy from 2D alone falls beyond its "
         f"interval in {len(lost) or 'none'} of them{': ' + falls if falls else ''}. That is so too where the "
         "shortcut was learned first, so that the penalty has something to act on: "
         f"{_points(pushed)} with 3D, {_points(shortcut)} without.",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUN', 'KIND', 'TIMING', 'EVERY_SPLIT', 'ASSUMED', 'IDENTICAL', 'EQUIVALENT', 'UNDECIDED', 'DIFFERENT', 'MISSING',
-           'NEW', 'FALSE_ALARMS', 'MARGIN', 'MARGIN_SHARE', 'ERRORS', 'STATEMENT', 'KEPT', 'HAIR', 'CHANGED',
-           'DATA_TABLES', 'RUN_TABLES', 'with_means', 'pairs', 'seed_spread', 'deviations', 'judge_cells',
+           'NEW', 'FALSE_ALARMS', 'MARGIN', 'MARGIN_SHARE', 'ERRORS', 'STATEMENT', 'NOT_SHOWN', 'KEPT', 'HAIR',
+           'CHANGED', 'DATA_TABLES', 'RUN_TABLES', 'with_means', 'pairs', 'seed_spread', 'deviations', 'judge_cells',
            'paired_comparison', 'claim_comparisons', 'plain_comparisons', 'judge_statements', 'judge_table',
            'judge_recomputed', 'Verdict', 'report_verdict', 'summary', 'write_verdict']
 
@@ -21,7 +21,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from ..machine import alike
-from .claims import NOT_REPRODUCED, REPRODUCED, read_paper
+from .claims import EQUIVALENCE, REPRODUCED, read_paper
 from .grids import to_markdown
 from .results import CELL, PAIRED, noisiest, read_results, select
 from ..scans.files import ScanNetError
@@ -151,6 +151,7 @@ def judge_cells(
 # %% ../../nbs/report/07_verdict.ipynb #b37bcf45
 ERRORS = 2  # standard errors that a difference must be from zero to be stated
 STATEMENT = ["statement", "yes", "no", "errors", "difference", "deviation"]
+NOT_SHOWN = "not reproduced, or undecided"  # a rerun has fewer seeds than the audit, too few to tell the two apart
 
 
 def paired_comparison(
@@ -181,7 +182,7 @@ def claim_comparisons(
     rows = []
     for claim in claims:
         ask = claim.get("peak") or claim.get("compare")
-        if not ask:
+        if not ask or "trial" in claim:  # a trial is not run again
             continue
         chosen = select(results, **({"noise": noisiest(results.noise)} | ask["choose"]))
         chosen, errors, found = chosen[chosen.proposals != "yes"], ERRORS, []
@@ -193,14 +194,15 @@ def claim_comparisons(
                 rivals = (paired_comparison(chosen[everywhere], {dial: at}, {dial: v}) for v in values if v != at)
                 found = [_mean(pairs) for pairs in rivals if len(pairs)]
         elif "above" in ask:
-            side, errors = select(chosen, **ask["a"]), 0
-            pairs = pd.DataFrame({"difference": side.value - ask["above"], "deviation": side.scale})
-            found = [_mean(pairs)] if len(pairs) else []
+            side, errors = select(chosen, **ask["a"]), 0  # has to hold for every seed
+            found = np.column_stack([side.value - ask["above"], side.scale]).tolist()
         elif "share" in ask:  # has to hold for every seed
             found, errors = paired_comparison(chosen, ask["a"], ask["b"], ask["share"]).to_numpy().tolist(), 0
         elif len(pairs := paired_comparison(chosen, ask["a"], ask["b"])):
-            found, errors = [_mean(pairs)], -ERRORS if ask.get("expect") == "not less" else ERRORS
-        rows += [[f"claim {claim['id']}", REPRODUCED, NOT_REPRODUCED, errors, *row] for row in found]
+            if ask.get("expect") == "not less":
+                pairs["difference"] += EQUIVALENCE
+            found = [_mean(pairs)]
+        rows += [[f"claim {claim['id']}", REPRODUCED, NOT_SHOWN, errors, *row] for row in found]
     return pd.DataFrame(rows, columns=STATEMENT).astype(dict.fromkeys(STATEMENT[3:], float))
 
 

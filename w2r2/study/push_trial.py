@@ -36,11 +36,14 @@ def kept_by_2d(
     figures: pd.DataFrame,  # from `read_trial`
     metric: str = "Acc@0.25",
     arm: str = "plain",
-) -> pd.DataFrame:  # by regime: fused, 2d [0..1], share, seeds
+) -> pd.DataFrame:  # by regime: boxes that are picked, hops that the pick reads, fused, 2d [0..1], share, seeds
     "What the 2D-only pass keeps of the accuracy of the fused one."
     rows = figures[(figures["split"] == "test") & (figures["metric"] == metric) & (figures["arm"] == arm)]
     found = rows.pivot_table(index="regime", columns="pass", values="value", sort=False)[["fused", "2d"]]
-    return found.assign(share=found["2d"] / found["fused"], seeds=rows.groupby("regime")["seeds"].first())
+    found = found.assign(share=found["2d"] / found["fused"], seeds=rows.groupby("regime")["seeds"].first())
+    found.insert(0, "boxes", rows.groupby("regime")["proposals"].first())
+    found.insert(1, "hops", [1 if "one hop" in regime else 3 for regime in found.index])
+    return found
 
 
 def acting(
@@ -65,11 +68,14 @@ def draw_regimes(
 ):
     "Both passes of each arm, regimes one below the other."
     rows = figures[(figures["split"] == "test") & (figures["metric"] == metric) & figures["arm"].isin(arms)]
-    regimes = list(dict.fromkeys(rows["regime"]))
+    rows = rows.drop_duplicates(["regime", "arm", "pass"])  # a run may be in several sets
+    regimes, apart = list(dict.fromkeys(rows["regime"])), 0.64 / max(len(arms), 4)
+    tried = {regime: [arm for arm in arms if (part["arm"] == arm).any()] for regime, part in rows.groupby("regime")}
     for number, arm in enumerate(arms):
         for name, face in (("fused", "k"), ("2d", "w")):
             mine = rows[(rows["arm"] == arm) & (rows["pass"] == name)]
-            height = [regimes.index(regime) + 0.16 * (number - (len(arms) - 1) / 2) for regime in mine["regime"]]
+            places = [tried[regime].index(arm) - (len(tried[regime]) - 1) / 2 for regime in mine["regime"]]
+            height = [regimes.index(regime) + apart * place for regime, place in zip(mine["regime"], places)]
             value, low, high = (100 * mine[column].to_numpy() for column in ("value", "low", "high"))
             label = f"{arm}, {'2D only' if name == '2d' else name}"
             style = {"fmt": "k" + SYMBOLS[number], "mfc": face, "ms": 5, "lw": 0.8}

@@ -12,11 +12,10 @@ import numpy as np
 
 from ..scans.scan import Scan
 from .detectors import RoomsDetector, best_class, proposal_rectangles, scan_proposals
-from .grounder import FUSED, GROUNDERS, Grounding, Step
+from .grounder import FUSED, GROUNDERS, Grounding, Step, check_inputs
 from .lifting import nearest_proposal
 from .marks import RED, cut_out, write_marks
 from .projection import look_at, mark_places, read_shots, render_points, scan_points
-from .seqvlm import check_inputs
 from .vlm import VLM, Option
 
 # %% ../../nbs/systems/12_seeground.ipynb #00000003
