@@ -15,6 +15,7 @@ from pathlib import Path
 
 import limited
 import pandas as pd
+from campaign.answered import make_answered
 from campaign.sources import make_sources
 from campaign.targets import ALL, Target, make
 
@@ -23,7 +24,7 @@ from w2r2.scans.files import ScanNetError
 SECONDS, BATCH = 10.0, 200  # a reader that takes longer hangs; inputs of one process
 OUTCOMES = ["refused", "harmless", "silent", "crashed", "hung", "memory"]
 CLEAN = ScanNetError, FileNotFoundError
-MAKERS = make, make_sources  # of the targets
+MAKERS = make, make_sources, make_answered  # of the targets
 
 
 class Hung(BaseException):

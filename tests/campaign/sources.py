@@ -325,7 +325,9 @@ def by_folder(units: Callable, folder: Path) -> Callable:
 
 def colmap_numbers(data: bytes, rng) -> bytes:
     "A count, a number or a coordinate."
-    return on_numbers(data, rng, [(0, 8), (8, 4), (12, 4), (rng.randrange(len(data)), 8), (rng.randrange(len(data)), 4)])
+    return on_numbers(
+        data, rng, [(0, 8), (8, 4), (12, 4), (rng.randrange(len(data)), 8), (rng.randrange(len(data)), 4)]
+    )
 
 
 def by_kind(data: bytes, rng) -> bytes:
