@@ -437,7 +437,9 @@ def make_answered(folder: Path) -> list[Target]:
     rng = np.random.default_rng(0)
     boxes = rng.uniform(0.5, 2, (4, 6))
     names = [f"scene000{n}_00" for n in range(4)]
-    answers = RecordedAnswers("a", names, list("0123"), ["the chair"] * 4, boxes, {"2d+3d": boxes + 1, "2d": boxes.copy()})
+    answers = RecordedAnswers(
+        "a", names, list("0123"), ["the chair"] * 4, boxes, {"2d+3d": boxes + 1, "2d": boxes.copy()}
+    )
     answers.boxes["2d"][1], answers.refused = np.nan, {"2d": "no"}
     path = answers.write(folder / "recorded.json")
     one("recorded answers", path.read_bytes(), "0.json", recorded, by_units(recorded_units), TREE)
@@ -454,7 +456,7 @@ def make_answered(folder: Path) -> list[Target]:
 
     place = folder / "stored answers of a server"
     place.mkdir()
-    vlm = Endpoint("http://127.0.0.1:9/v1", "m", place)
+    vlm = Endpoint("http://127.0.0.1:9/v1", "m", place, tries=1)
     vlm._send = lambda messages: json.dumps(SAID)
     vlm.parse("the chair", "Name.", {"target": str, "related": list})
     (stored,) = place.glob("*.json")

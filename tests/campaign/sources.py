@@ -209,7 +209,8 @@ def tum_units(files: dict[str, bytes]) -> dict:
         depth, place = near(listed["depth"], time, 0.02), near(track, time, 0.02)
         if depth and place:
             found |= of_image(Path(name).stem, pose=place[1:], depth=depth[1], color=name)
-    return found | {"order": repr(sorted(images, key=images.get))}
+    there = [Path(name).stem for name in sorted(images, key=images.get) if ("pose", Path(name).stem) in found]
+    return found | {"order": repr(there)}
 
 
 def arkit_units(files: dict[str, bytes]) -> dict:
@@ -223,7 +224,7 @@ def arkit_units(files: dict[str, bytes]) -> dict:
             if place:
                 camera = [int(width), int(height), *map(plain, camera)]
                 found |= of_image(name, pose=place[1:], camera=camera)
-    return found
+    return found | {"order": repr(sorted(name for part, name in found if part == "pose"))}
 
 
 def colmap_text_units(files: dict[str, bytes]) -> dict:
