@@ -123,12 +123,13 @@ def plain_numbers(
     words: Iterable[str],
     file: str | Path,  # named in the error
     where: str,  # named in the error
+    remedy: str = "Export the file again",
 ) -> list[float]:
     "Finite numbers in decimal digits; raises `ScanNetError` for a word that is none."
     numbers = []
     for word in words:
         if not _PLAIN.fullmatch(word) or not math.isfinite(number := float(word)):
-            raise ScanNetError(file, where, f"{word[:40]!r} is no number")
+            raise ScanNetError(file, where, f"{word[:40]!r} is no finite number", remedy)
         numbers.append(number)
     return numbers
 
