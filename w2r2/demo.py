@@ -213,12 +213,18 @@ class _Start(_Local):
         self.finish(_PAGE.replace("LONGEST", str(LONGEST_TEXT)).replace("NONCE", nonce).replace("DATA", data))
 
 
+def _once(pairs: list[tuple]) -> dict:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
 class _Ask(_Local):
     async def post(self):
         try:
             if self.request.headers.get("Content-Type", "").split(";")[0] != "application/json":
                 raise ValueError("send JSON: {scene, text}")
-            asked = json.loads(self.request.body)
+            asked = json.loads(self.request.body, object_pairs_hook=_once)
             if not isinstance(asked, dict):
                 raise ValueError("send JSON: {scene, text}")
             loop = asyncio.get_running_loop()

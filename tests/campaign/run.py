@@ -15,6 +15,8 @@ from pathlib import Path
 
 import limited
 import pandas as pd
+from campaign.answered import make_answered
+from campaign.sources import make_sources
 from campaign.targets import ALL, Target, make
 
 from w2r2.scans.files import ScanNetError
@@ -22,6 +24,7 @@ from w2r2.scans.files import ScanNetError
 SECONDS, BATCH = 10.0, 200  # a reader that takes longer hangs; inputs of one process
 OUTCOMES = ["refused", "harmless", "silent", "crashed", "hung", "memory"]
 CLEAN = ScanNetError, FileNotFoundError
+MAKERS = make, make_sources, make_answered  # of the targets
 
 
 class Hung(BaseException):
@@ -134,7 +137,7 @@ def batch(target: Target, seed: int, numbers: list[int]):
 
 def campaign(inputs: int, seed: int, folder: Path, only: str = "") -> tuple[pd.DataFrame, list[dict]]:
     "A line for each reader, and the inputs that failed."
-    targets = [target for target in make(folder) if only in target.name]
+    targets = [target for part in MAKERS for target in part(folder) if only in target.name]
     total, rows, failures = sum(target.share for target in targets), [], []
     for target in targets:
         count = max(1, round(inputs * target.share / total))

@@ -17,6 +17,9 @@ from .claims import EQUAL, EQUIVALENCE, GAIN, LOSS, NO_GAIN, judged, read_paper
 from .figures import styled
 from .results import cells, contrast, in_points, noisiest, read_results, select
 from .tables import at_defaults
+from ..scans.files import ScanNetError
+from ..scans.tables import read_table
+from ..study.push_trial import read_trial_table
 
 # %% ../../nbs/report/19_headline.ipynb #00000005
 SETTINGS = {
@@ -30,16 +33,30 @@ ROLES = {"plain": "plain", "direct": "W2R2"}  # other arms: best
 SETS = "report", "push"  # of params.yaml, trial.sets, that the picks of these settings are from
 
 
+def _first(rows: pd.DataFrame, reports: Path, what: str) -> pd.Series:
+    if rows.empty:
+        raise ScanNetError(reports, "rows", f"there is none of {what}", "Make the reports again")
+    return rows.iloc[0]
+
+
+def _compared(reports: Path) -> pd.DataFrame:
+    columns = ["metric", "where", "arm", "against"]
+    return read_table(reports / "tables" / "differences.csv", columns, ["noise"], [*columns, "value", "low", "high"])
+
+
 def _best(
     val: pd.DataFrame,  # one setting
+    reports: Path,  # named in the error
 ) -> str:
     "The arm with the highest fused accuracy on val, other than plain fine-tuning and W2R2."
     others = val[~val.arm.isin(ROLES) & ~val.arm.str.startswith("plain")]
+    if others.value.isna().all():
+        raise ScanNetError(reports, "rows", "there is no other arm on val", "Make the reports again")
     return others.groupby("arm", sort=False).value.mean().idxmax()
 
 
 def _trial(reports: Path, name: str, sets: tuple[str, ...] = SETS) -> pd.DataFrame:
-    frames = [pd.read_csv(reports / "trial" / chosen / f"{name}.csv") for chosen in sets]
+    frames = [read_trial_table(reports / "trial" / chosen / f"{name}.csv") for chosen in sets]
     frame = pd.concat(frames, ignore_index=True)
     return frame if "split" not in frame else frame[frame.split.fillna("test").isin(["val", "test"])]
 
@@ -55,22 +72,21 @@ def headline(
     said = select(
         said, task="scanrefer", metric="Acc@0.25", split=["val", "test"], proposals="no", **{"pass": ["fused", "2d"]}
     )
-    said = said[said.steps == said[said.arm == "plain"].steps.iloc[0]]
+    said = said[said.steps == _first(said[said.arm == "plain"], reports, "plain").steps]
     runs, picked, against = (_trial(reports, name) for name in ("results", "figures", "differences"))
-    compared = pd.read_csv(reports / "tables" / "differences.csv")
+    compared = _compared(reports)
     accuracies, differences = [], []
     for (proposals, regime), setting in SETTINGS.items():
         if proposals == "no":
             here = select(said, noise=regime)
-            arms = [*ROLES, _best(select(here, split="val", **{"pass": "fused"}))]
+            arms = [*ROLES, _best(select(here, split="val", **{"pass": "fused"}), reports)]
             test = select(here, split="test", arm=arms)
             figures = cells(test)
             changes = []
             for arm in arms[1:]:
                 alone = contrast(select(test, **{"pass": "2d"}), {"arm": arm}, {"arm": "plain"})
-                fused = select(compared, metric="Acc@0.25", noise=regime, where="test", arm=arm, against="plain").iloc[
-                    0
-                ]
+                fused = select(compared, metric="Acc@0.25", noise=regime, where="test", arm=arm, against="plain")
+                fused = _first(fused, reports, f"{arm} against plain")
                 changes.append({"arm": arm, "pass": "fused"} | dict(fused[["value", "low", "high"]]))
                 changes.append(
                     {"arm": arm, "pass": "2d"} | {name: 100 * getattr(alone, name) for name in ("value", "low", "high")}
@@ -78,7 +94,7 @@ def headline(
             changes = pd.DataFrame(changes)
         else:
             val = select(runs, regime=regime, split="val", metric="Acc@0.25", **{"pass": "fused"})
-            arms = [*ROLES, *([] if val.empty else [_best(val)])]  # the push was tried alone: no choice on val
+            arms = [*ROLES, *([] if val.empty else [_best(val, reports)])]  # the push was tried alone: no choice on val
             figures = select(picked, regime=regime, metric="Acc@0.25", arm=arms)
             changes = select(against, regime=regime, kind="all", arm=arms).replace({"pass": {"2D only": "2d"}})
             changes = changes.assign(**{name: 100 * changes[name] for name in ("value", "low", "high")})
@@ -151,7 +167,7 @@ def headline_text(
     noisy = select(
         results, task="scanrefer", metric="Acc@0.25", noise=noisiest(results.noise), proposals="no", **{"pass": "fused"}
     )
-    compared = pd.read_csv(Path(reports) / "tables" / "differences.csv")
+    compared = _compared(Path(reports))
     compared = select(
         compared, metric="Acc@0.25", noise=noisiest(results.noise), arm="intervention long", against="plain long"
     )

@@ -25,6 +25,7 @@ from .claims import EQUIVALENCE, REPRODUCED, read_paper
 from .grids import to_markdown
 from .results import CELL, PAIRED, noisiest, read_results, select
 from ..scans.files import ScanNetError
+from ..scans.tables import read_table
 
 # %% ../../nbs/report/07_verdict.ipynb #c258a733
 RUN = ["arm", "noise", "lam", "mu", "steps", "seed"]
@@ -297,7 +298,7 @@ def judge_table(
 
 def _read_table(path: Path) -> pd.DataFrame:
     "Numbers; the index is a text that names the row."
-    wide = pd.read_csv(path)
+    wide = read_table(path, either=None)
     labels = [c for c in wide if c in RUN or c == "x" or not pd.api.types.is_numeric_dtype(wide[c])]
     names = [
         ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row if v == v)
@@ -316,7 +317,8 @@ def judge_recomputed(
     if not (path.is_file() and reference.is_file()):
         return pd.DataFrame(columns=["statement", "reference", "here", "verdict"])
     fixed = [claim["id"] for claim in read_paper()["claims"] if "check" in claim or "status" in claim]
-    there, here = (pd.read_csv(file).set_index("id").status for file in (reference, path))
+    there, here = (read_table(file, either=None, needs=["id", "status"]) for file in (reference, path))
+    there, here = (table.set_index("id").status for table in (there, here))
     both = [name for name in fixed if name in there and name in here]
     table = pd.DataFrame({"reference": there[both], "here": here[both]})
     table["verdict"] = np.where(table.reference == table.here, KEPT, CHANGED)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCENE_ID', 'MAX_SIDE', 'MAX_PIXELS', 'MAX_SCANS', 'MAX_NOTES', 'MAX_EXPANSION', 'ScanNetError', 'regular_file',
-           'check_weight', 'parse_json', 'read_checked', 'settle', 'naming', 'atomic_write', 'exclusive', 'inside',
-           'scene_folder', 'open_image', 'decode_image']
+           'check_weight', 'parse_json', 'read_checked', 'plain_numbers', 'check_once', 'settle', 'naming',
+           'atomic_write', 'exclusive', 'inside', 'scene_folder', 'open_image', 'decode_image']
 
 # %% ../../nbs/scans/02_files.ipynb #22546d2d
 import contextlib
@@ -45,7 +45,11 @@ def regular_file(
 ) -> Path:  # the same path
     "Checks that `path` is a readable regular file; raises `ScanNetError` if not."
     path = Path(path)
-    if "\0" in str(path) or not path.is_file() or not os.access(path, os.R_OK):
+    try:
+        readable = "\0" not in str(path) and path.is_file() and os.access(path, os.R_OK)
+    except OSError:  # such as a name that is too long
+        readable = False
+    if not readable:
         raise ScanNetError(path, "file", "missing, unreadable or not a regular file", "Check the path and the download")
     return path
 
@@ -110,6 +114,35 @@ def read_checked(
     except fastjsonschema.JsonSchemaValueException as error:
         where = ".".join(error.path[1:]) or "file"
         raise ScanNetError(path, where, error.message.replace(error.name, "it", 1), remedy) from None
+
+# %% ../../nbs/scans/02_files.ipynb #0020f83a
+_PLAIN = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+def plain_numbers(
+    words: Iterable[str],
+    file: str | Path,  # named in the error
+    where: str,  # named in the error
+    remedy: str = "Export the file again",
+) -> list[float]:
+    "Finite numbers in decimal digits; raises `ScanNetError` for a word that is none."
+    numbers = []
+    for word in words:
+        if not _PLAIN.fullmatch(word) or not math.isfinite(number := float(word)):
+            raise ScanNetError(file, where, f"{word[:40]!r} is no finite number", remedy)
+        numbers.append(number)
+    return numbers
+
+
+def check_once(
+    names: Iterable,  # hashable
+    file: str | Path,  # named in the error
+    where: str,  # named in the error
+):
+    "Raise `ScanNetError` for a name that is there twice."
+    (name, count), *_ = Counter(names).most_common(1) or [("", 0)]
+    if count > 1:
+        raise ScanNetError(file, where, f"{str(name)[:40]!r} is there twice")
 
 # %% ../../nbs/scans/02_files.ipynb #5c3dd4c7
 def settle(
