@@ -69,7 +69,7 @@ GLOSSARY = {
     },
     "split": {
         "test": "drawn as the training scenes are",
-        "test_wide": "a wider lens",
+        "test_wide": "a wider lens, of the depth camera too",
         "test_tele": "a longer lens",
         "test_low": "a lower camera, looking down less",
         "test_high": "a higher camera, looking down more",
