@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN', 'KIND', 'TIMING', 'EVERY_SPLIT', 'ASSUMED', 'IDENTICAL', 'EQUIVALENT', 'UNDECIDED', 'DIFFERENT', 'MISSING',
-           'NEW', 'FALSE_ALARMS', 'MARGIN', 'MARGIN_SHARE', 'ERRORS', 'STATEMENT', 'NOT_SHOWN', 'KEPT', 'HAIR',
+           'NEW', 'FALSE_ALARMS', 'MARGIN', 'MARGIN_SHARE', 'ERRORS', 'STATEMENT', 'NOT_SHOWN', 'KEPT', 'CLOSE',
            'CHANGED', 'DATA_TABLES', 'RUN_TABLES', 'RENEWED', 'with_means', 'pairs', 'seed_spread', 'deviations',
            'judge_cells', 'paired_comparison', 'claim_comparisons', 'plain_comparisons', 'judge_statements',
            'judge_table', 'judge_recomputed', 'Verdict', 'report_verdict', 'summary', 'write_verdict']
@@ -192,8 +192,8 @@ def claim_comparisons(
             values = chosen[dial].dropna().unique()
             if at in values and len(values) > 2:
                 everywhere = chosen.groupby("seed")[dial].transform("nunique") == len(values)
-                rivals = (paired_comparison(chosen[everywhere], {dial: at}, {dial: v}) for v in values if v != at)
-                found = [_mean(pairs) for pairs in rivals if len(pairs)]
+                others = (paired_comparison(chosen[everywhere], {dial: at}, {dial: v}) for v in values if v != at)
+                found = [_mean(pairs) for pairs in others if len(pairs)]
         elif "above" in ask:
             side, errors = select(chosen, **ask["a"]), 0  # has to hold for every seed
             found = np.column_stack([side.value - ask["above"], side.scale]).tolist()
@@ -229,7 +229,7 @@ def plain_comparisons(
     return pd.DataFrame(rows, columns=STATEMENT).astype(dict.fromkeys(STATEMENT[3:], float))
 
 # %% ../../nbs/report/07_verdict.ipynb #a002a9f0
-KEPT, HAIR, CHANGED = "kept", "hangs on a hair", "changed"
+KEPT, CLOSE, CHANGED = "kept", "close call", "changed"
 
 
 def judge_statements(
@@ -261,7 +261,7 @@ def judge_statements(
     )
     table["probability"] = np.where(table.here, table.yes, table.no.clip(upper=1))
     table["verdict"] = np.select(
-        [table.reference == table.here, table.probability * len(table) > rate], [KEPT, HAIR], CHANGED
+        [table.reference == table.here, table.probability * len(table) > rate], [KEPT, CLOSE], CHANGED
     )
     said = there.drop_duplicates("statement").set_index("statement")
     for side in ("reference", "here"):
@@ -436,7 +436,7 @@ def write_verdict(
         to_markdown(summary(verdict)),
         f"## Statements\n\n{len(verdict.statements):,} statements are made by both sides: "
         + ", ".join(f"{count} {word}" for word, count in said.items())
-        + f". A word hangs on a hair if it differs, and a correct machine may say it too; it is changed if that has a "
+        + f". A word is a close call if it differs, and a correct machine may say it too; it is changed if that has a "
         f"probability below {FALSE_ALARMS / 2}/{len(verdict.statements)}. So a correct machine fails with a "
         f"probability of {FALSE_ALARMS:.0%} at most.",
     ]
