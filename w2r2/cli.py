@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'SceneId', 'Root', 'Json', 'Html', 'Model', 'Viewer', 'Blind', 'Config', 'Set', 'ViewerKind', 'Hidden',
-           'write_page', 'show', 'looking', 'load_quietly', 'say', 'System', 'say_boxes', 'ground_by_system',
-           'run_ground', 'run_ask', 'run_describe', 'run_demo', 'Up', 'PoseConvention', 'run_import', 'rooms',
-           'Benchmark', 'run_score', 'run_lmms', 'run_predict', 'progress_bar', 'run_records', 'run_encode',
-           'run_finetune', 'run_evaluate', 'run_diagnose', 'verdict', 'main']
+           'write_page', 'show', 'looking', 'load_quietly', 'say', 'System', 'system_from', 'say_boxes',
+           'ground_by_system', 'run_ground', 'run_ask', 'run_describe', 'run_demo', 'Up', 'PoseConvention',
+           'run_import', 'rooms', 'Benchmark', 'run_score', 'run_lmms', 'run_predict', 'progress_bar', 'run_records',
+           'run_encode', 'run_finetune', 'run_evaluate', 'run_diagnose', 'verdict', 'main']
 
 # %% ../nbs/03_cli.ipynb #3d4a9567
 import json
@@ -152,11 +152,33 @@ def say(
 
 
 class System(StrEnum):
-    "The zero-shot systems."
+    "The systems of the tables: three that ask a VLM, four around a fine-tuned model."
 
     seqvlm = "seqvlm"
     vlm_grounder = "vlm_grounder"
     seeground = "seeground"
+    fused = "fused"
+    vg_llm = "vg-llm"
+    video_3d_llm = "video-3d-llm"
+    spar = "spar"
+
+
+def system_from(
+    name: str,  # of the tables, or MODULE:CLASS
+    model: Path,  # of a fine-tuned system
+    vlm: str,  # of a zero-shot one, and the next two, see `w2r2.systems.reference_vlms.vlm_named`
+    url: str | None = None,
+    store: Path = Path("vlm_answers"),
+):
+    "A system; raises ValueError for one that is not known, or for a model that is none of its kind."
+    from w2r2.systems.asking import known_systems, system_named
+    from w2r2.systems.fused_systems import FusedSystem
+    from w2r2.systems.reference_vlms import vlm_named
+
+    kind = known_systems().get(name)
+    if kind is None:
+        return system_named(name)
+    return kind(model if issubclass(kind, FusedSystem) else vlm_named(vlm, url, store))
 
 
 def say_boxes(
@@ -176,27 +198,28 @@ def ground_by_system(
     texts: list[str],
     system: System,
     inputs: str,
-    url: str,
-    vlm: str,
-    store: Path,
+    page: Path | None,
     as_json: bool,
+    **made,  # `model`, `vlm`, `url` and `store` of `system_from`
 ):
-    "Ask a zero-shot system; raises ValueError for a server without an answer."
-    from w2r2.systems import seeground, seqvlm, vlm_grounder  # noqa: F401  each registers its system
-    from w2r2.systems.endpoint import Endpoint
-    from w2r2.systems.grounder import GROUNDERS
-
+    "Ask a system; raises ValueError for a server without an answer."
+    if page and len(texts) > 1:
+        raise ValueError(f"--page shows the way to one answer; give one description, not {len(texts)}")
     with scan, looking(scan.scene_id):
-        answers = GROUNDERS[system.value](Endpoint(url, vlm, store)).ground(scan, texts, inputs)
+        answers = system_from(system.value, **made).ground(scan, texts, inputs)
     say_boxes(texts, [answer.box for answer in answers], as_json)
-    calls = sum(step.calls for answer in answers for step in answer.trace)
-    print(f"{calls} calls of {printable(vlm)}", file=sys.stderr)
+    print(f"{sum(step.calls for answer in answers for step in answer.trace)} calls of the model", file=sys.stderr)
+    if page:
+        from w2r2.systems.trace_page import write_trace
+
+        write_trace(page, system.value, scan.scene_id, texts[0], {inputs: answers[0]})
 
 
 @app.command(
     "ground",
     epilog='examples: w2r2 ground scene9000_00 "the black couch" "a red armchair" --html found.html; '
-    'w2r2 ground scene0000_00 "the door" --root ~/scannet --model runs/mine --refined --json',
+    'w2r2 ground scene0000_00 "the door" --root ~/scannet --model runs/mine --refined --json; '
+    'w2r2 ground scene9000_00 "the black couch" --system seqvlm --page trace.html',
 )
 def run_ground(
     scene: SceneId,
@@ -213,14 +236,27 @@ def run_ground(
     html: Html = None,
     viewer: Viewer = ViewerKind.page,
     system: Annotated[
-        System | None, typer.Option(help="a zero-shot system that asks a VLM, instead of --model")
+        System | None,
+        typer.Option(help="of the tables: the first three ask --vlm, the others are made of --model"),
     ] = None,
     inputs: Annotated[str, typer.Option(help="what the system is given; 2d: without 3D")] = "2d+3d",
     url: Annotated[
-        str, typer.Option(help="OpenAI-compatible server; key from OPENAI_API_KEY")
-    ] = "http://127.0.0.1:8000/v1",
-    vlm: Annotated[str, typer.Option(help="name of the VLM on the server")] = "Qwen/Qwen2.5-VL-7B-Instruct",
-    store: Annotated[Path, typer.Option(help="folder that keeps the server's answers")] = Path("vlm_answers"),
+        str | None,
+        typer.Option(
+            help="OpenAI-compatible server that has --vlm, such as http://127.0.0.1:8000/v1; key from OPENAI_API_KEY"
+        ),
+    ] = None,
+    vlm: Annotated[
+        str,
+        typer.Option(
+            help="VLM of a system: its name on the server; without --url rooms (the tiny one that comes with "
+            "w2r2), random, or a model of transformers by folder or hub name"
+        ),
+    ] = "rooms",
+    store: Annotated[Path, typer.Option(help="folder that keeps a VLM's answers")] = Path("vlm_answers"),
+    page: Annotated[
+        Path | None, typer.Option(help="write what a system was asked, shown and answered to this file (.html)")
+    ] = None,
     as_json: Json = False,
 ):
     """Find the objects that sentences describe. A page also shows the answers with 2D only, and the candidates that
@@ -229,9 +265,12 @@ def run_ground(
     from w2r2.scans.scan import Scan
 
     if system and (blind or refined or html):
-        raise ValueError("--blind, --refined and --html are for --model; a system has --inputs")
+        raise ValueError("--blind, --refined and --html are without --system; a system has --inputs and --page")
+    if page and not system:
+        raise ValueError("--page is of a --system, such as fused; without one there is --html")
     if system:
-        return ground_by_system(Scan(root, scene), texts, system, inputs, url, vlm, store, as_json)
+        made = {"model": model, "vlm": vlm, "url": url, "store": store}
+        return ground_by_system(Scan(root, scene), texts, system, inputs, page, as_json, **made)
 
     from w2r2.study import predict
 
@@ -611,8 +650,7 @@ def run_diagnose(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="fused, vg-llm, video-3d-llm or spar around --model; or MODULE:CLASS with a "
-            "ground(scan, texts, inputs)",
+            help=f"{', '.join(System)}; or MODULE:CLASS with a ground(scan, texts, inputs)",
             show_default="fused",
         ),
     ] = None,
@@ -624,6 +662,7 @@ def run_diagnose(
         Path, typer.Option(help="descriptions in ScanRefer's format", show_default="of the sample scenes")
     ] = DATA / "samples" / "scanrefer" / "ScanRefer_filtered_samples.json",
     model: Model = DATA / "rooms-tiny-finetuned",
+    vlm: Annotated[str, typer.Option(help="of a system that asks one: rooms, random, or a folder")] = "rooms",
     queries: Annotated[int, typer.Option(min=1, help="descriptions to ask about, at most")] = 40,
     scenes: Annotated[int, typer.Option(min=1, help="scenes to ask about, at most")] = 8,
     seed: Annotated[int, typer.Option(help="of the choice of descriptions")] = 0,
@@ -645,7 +684,7 @@ def run_diagnose(
         said = read_recorded(answers)
     else:
         reader = system_named("fused", model)
-        asked = system_named(system, *([] if ":" in system else [model])) if system else reader
+        asked = system_from(system, model, vlm) if system else reader
         chosen = choose_queries(read_scanrefer(records)[0], queries, scenes, seed)
         scans = [Scan(root, scene) for scene in sorted({record["scene_id"] for record in chosen})]
         out.mkdir(parents=True, exist_ok=True)

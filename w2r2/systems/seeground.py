@@ -77,7 +77,9 @@ class SeeGround:
         ]
         ask = "\n".join([CHOOSE_NUMBER, "Sizes along x, y, z and places in metres, z is up.", *lines])
         seen, shots = proposal_rectangles(scan, self.proposals, self.skip), read_shots(scan, self.skip)
-        options = [Option(str(row), _close(shots, seen[row]), given.labels[row]) for row in targets]
+        options = [
+            Option(str(row), _close(shots, seen[row]), given.labels[row], _marked(shots, seen[row])) for row in targets
+        ]
         choice = self.vlm.select((picture,), text, ask, options)
         steps = step, Step("select", ask, choice.why or str(choice.index), (picture,), choice.calls)
         if not 0 <= choice.index < len(targets):
@@ -107,8 +109,8 @@ class SeeGround:
         ask = "\n".join([CHOOSE_NUMBER, *(f"{name}: {label}" for name, label in zip(names, labels))])
         count = len(found[view].scores)
         options = [
-            Option(name, (cut_out(shots.color[view], rectangle),), label)
-            for name, rectangle, label in zip(names[:count], rectangles, labels)
+            Option(name, (cut_out(shots.color[view], place),), label, {int(shots.frames[view]): place[None]})
+            for name, place, label in zip(names[:count], rectangles, labels)
         ]
         choice = self.vlm.select((picture,), text, ask, options)
         steps = step, Step("select", ask, choice.why or str(choice.index), (picture,), choice.calls)
@@ -132,6 +134,11 @@ def _close(shots, rectangles: np.ndarray, most: int = 3) -> tuple[np.ndarray, ..
     areas = np.nan_to_num((rectangles[:, 2:] - rectangles[:, :2]).prod(-1))
     views = [view for view in np.argsort(-areas, kind="stable")[:most] if areas[view] > 0]
     return tuple(cut_out(shots.color[view], rectangles[view]) for view in views)
+
+
+def _marked(shots, rectangles: np.ndarray) -> dict[int, np.ndarray]:
+    "Where an object is seen, see `w2r2.systems.vlm.Option`."
+    return {int(shots.frames[view]): rectangles[view, None] for view in np.flatnonzero(np.isfinite(rectangles[:, 0]))}
 
 
 GROUNDERS["seeground"] = SeeGround

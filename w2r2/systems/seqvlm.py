@@ -7,6 +7,7 @@ __all__ = ['CHOOSE_SEQUENCE', 'NAME_TARGET', 'SeqVLM']
 
 # %% ../../nbs/systems/10_seqvlm.ipynb #00000002
 from collections.abc import Sequence
+from dataclasses import replace
 from zlib import crc32
 
 import numpy as np
@@ -66,13 +67,17 @@ class SeqVLM:
         rows, rectangles = (self._of_class if inputs == FUSED else self._tracks)(scan, target)
         steps.append(Step("propose", target, f"{len(rectangles)} sequences"))
         shown = [self._sequence(scan, number, own) for number, own in enumerate(rectangles)]
-        options = [Option(str(number), close, target) for number, (close, _) in enumerate(shown)]
+        frames = read_shots(scan, self.skip).frames
+        options = [
+            Option(str(number), close, target, {int(frames[view]): place[None] for view, place in own.items()})
+            for number, ((close, _), own) in enumerate(zip(shown, rectangles))
+        ]
         winner = self._eliminate(text, options, [stack for _, stack in shown], steps)
         if winner < 0:
             return Grounding(np.full(6, np.nan), float("nan"), tuple(steps))
         own = rectangles[winner]
         frame = max(own, key=lambda view: (own[view][2:] - own[view][:2]).prod())
-        where = int(read_shots(scan, self.skip).frames[frame])
+        where = int(frames[frame])
         if inputs == FUSED:
             number = rows[winner]
             return Grounding(boxes[number], float(scores[number]), tuple(steps), where)
@@ -124,7 +129,7 @@ class SeqVLM:
             for start in range(0, len(alive), self.batch):
                 group = alive[start : start + self.batch]
                 shown = tuple(stacks[place] for place in group)
-                named = [Option(str(k), options[place].pictures, options[place].label) for k, place in enumerate(group)]
+                named = [replace(options[place], name=str(k)) for k, place in enumerate(group)]
                 choice = self.vlm.select(shown, text, CHOOSE_SEQUENCE, named, allow_none=True)
                 steps.append(Step("select", CHOOSE_SEQUENCE, choice.why or str(choice.index), shown, choice.calls))
                 survivors += [group[choice.index]] if 0 <= choice.index < len(group) else []

@@ -7,7 +7,7 @@ __all__ = ['Option', 'Choice', 'VLM']
 
 # %% ../../nbs/systems/01_vlm.ipynb #00000002
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +20,9 @@ class Option:
     name: str  # what has to be said: "0", "frame 12", "object 3"
     pictures: tuple[np.ndarray, ...] = ()  # (H, W, 3) uint8, close pictures of it alone
     label: str = ""  # class name, where known
+    # position in `scan.frames` -> (n, 4) rectangles that are marked there, left, top, right, bottom [pixels]: how a VLM
+    # that knows the right object finds it
+    marked: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

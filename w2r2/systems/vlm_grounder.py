@@ -92,7 +92,14 @@ class VLMGrounder:
             if not left:
                 break
             grids = tuple(make_grids([shots.color[view] for view in left], [f"{view:05d}" for view in left]))
-            options = [Option(f"{view:05d}", self._close(shots, view, found[view])) for view in left]
+            options = [
+                Option(
+                    f"{view:05d}",
+                    self._close(shots, view, found[view]),
+                    marked={int(shots.frames[view]): found[view].rectangles},
+                )
+                for view in left
+            ]
             choice = self.vlm.select(grids, text, CHOOSE_FRAME, options)
             steps.append(Step("select", CHOOSE_FRAME, choice.why or str(choice.index), grids, choice.calls))
             if not 0 <= choice.index < len(left):
@@ -106,8 +113,8 @@ class VLMGrounder:
                 names = [str(k) for k in range(len(middles))]
                 marked = (write_marks(shots.color[view], middles, names),)
                 options = [
-                    Option(name, (cut_out(shots.color[view], rectangle),), label)
-                    for name, rectangle, label in zip(names, own.rectangles, own.labels)
+                    Option(name, (cut_out(shots.color[view], place),), label, {int(shots.frames[view]): place[None]})
+                    for name, place, label in zip(names, own.rectangles, own.labels)
                 ]
                 choice = self.vlm.select(marked, text, CHOOSE_MARK, options)
                 steps.append(Step("select", CHOOSE_MARK, choice.why or str(choice.index), marked, choice.calls))
