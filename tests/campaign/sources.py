@@ -378,7 +378,7 @@ def make_sources(folder: Path) -> list[Target]:
         files = told_by * max(1, 2 * (len(files) - len(told_by)) // len(told_by)) + files  # images: a third
         mutators = [by_kind, by_kind, on_bytes] + [colmap_numbers] * (name == "COLMAP, binary")
         reader = lambda at, read=read: read_pixels(in_metres(read(at), 1.0))  # noqa: E731
-        targets.append(Target(name, place, files, reader, touched(place), mutators))
+        targets.append(Target(name, place, files, reader, touched(place), mutators, 0.5))
 
     def imported(at):
         with TemporaryDirectory() as out:

@@ -16,10 +16,18 @@ import pandas as pd
 from .files import ScanNetError, check_once, plain_numbers, regular_file
 
 # %% ../../nbs/scans/13_tables.ipynb #7ab1e504
+def _number_or_word(cell: str, path: str | Path) -> float | str:
+    try:
+        return plain_numbers([cell], path, "cell")[0]
+    except (ScanNetError, TypeError):  # a word, or an empty cell
+        return cell
+
+
 def read_table(
     path: str | Path,  # UTF-8, a header, every line ended
     words: Collection[str] = (),  # columns of text, read as it is
-    either: Collection[str] | None = (),  # columns of numbers or text, as pandas finds them; None: all others
+    # columns of numbers and words, cell by cell; None: all others, as pandas finds them
+    either: Collection[str] | None = (),
     needs: Collection[str] = (),  # columns that must be there
     remedy: str = "Write the file again with the stage that made it",
 ) -> pd.DataFrame:
@@ -44,4 +52,8 @@ def read_table(
                 plain_numbers([cell], path, f"row {number}, {name}", remedy)
     kinds = {name: str for name in words if name in head}
     empty = {name: [""] for name in head if name not in kinds}
-    return pd.read_csv(io.BytesIO(content), dtype=kinds, keep_default_na=False, na_values=empty)
+    table = pd.read_csv(io.BytesIO(content), dtype=kinds, keep_default_na=False, na_values=empty)
+    for name in set(either or ()) & set(head):
+        if not pd.api.types.is_numeric_dtype(table[name]):  # a word among numbers would make words of all
+            table[name] = [_number_or_word(cell, path) for cell in table[name]]
+    return table

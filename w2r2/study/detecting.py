@@ -66,8 +66,8 @@ class Lesson:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Lesson":
-        """What `prepare_lesson` wrote; raises `FileNotFoundError` if it is not there or not complete, and
-        `ScanNetError` if it is not as it was written."""
+        """What `prepare_lesson` wrote; raises `FileNotFoundError` if it is not there or not complete, `ScanNetError` if
+        it is not as it was written."""
         content = read_manifest(folder, _REMEDY)
         names = [name for name, kind in cls.__annotations__.items() if kind is np.ndarray]
         arrays = open_arrays(folder, names, content, _REMEDY)
