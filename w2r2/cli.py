@@ -452,9 +452,10 @@ def run_score(
     from w2r2.metrics.submissions import submission, write_submission
 
     scored = scored_by(predictions, benchmark.value, protocol, annotations, k, meteor, subset)
+    made = None if submit is None else submission(submit, scored, predictions, annotations, subset)
     print(scored.json()) if as_json else Console().print(scored.table())
-    if submit:
-        path = write_submission(submission(submit, scored, predictions, annotations, subset))
+    if made:
+        path = write_submission(made)
         print(f"{printable(path)}: add it by a pull request", file=sys.stderr)
 
 # %% ../nbs/03_cli.ipynb #39d06649
