@@ -78,7 +78,7 @@ check: $(READY) ## w2r2/ in step with nbs/, notebooks clean, code as ruff wants 
 	@echo 'w2r2/ in step, notebooks clean, data as pinned'
 
 notebooks: $(READY) ## execute the library notebooks in place
-	for notebook in nbs/[0-9]*.ipynb nbs/*/[0-9][0-9]_*.ipynb nbs/log.ipynb; do case $$notebook in nbs/pipeline/*) continue;; esac; papermill --engine w2r2 --cwd $$(dirname $$notebook) --stderr-file /dev/stderr --no-progress-bar $(CURDIR)/$$notebook $(CURDIR)/$$notebook || exit 1; done
+	for notebook in nbs/[0-9]*.ipynb nbs/*/[0-9][0-9]_*.ipynb nbs/leaderboard.ipynb nbs/log.ipynb; do case $$notebook in nbs/pipeline/*) continue;; esac; papermill --engine w2r2 --cwd $$(dirname $$notebook) --stderr-file /dev/stderr --no-progress-bar $(CURDIR)/$$notebook $(CURDIR)/$$notebook || exit 1; done
 	nbdev_clean
 
 readme: $(READY) ## the answer in nbs/index.ipynb from the committed reports, and README.md from that

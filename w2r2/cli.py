@@ -6,8 +6,8 @@
 __all__ = ['app', 'SceneId', 'Root', 'Json', 'Html', 'Model', 'Viewer', 'Blind', 'Config', 'Set', 'ViewerKind', 'Hidden',
            'write_page', 'show', 'looking', 'load_quietly', 'say', 'System', 'system_from', 'say_boxes',
            'ground_by_system', 'run_ground', 'run_ask', 'run_describe', 'run_demo', 'Up', 'PoseConvention',
-           'run_import', 'rooms', 'Benchmark', 'run_score', 'run_lmms', 'run_predict', 'progress_bar', 'run_records',
-           'run_encode', 'run_finetune', 'run_evaluate', 'run_diagnose', 'verdict', 'main']
+           'run_import', 'rooms', 'Benchmark', 'run_score', 'run_lmms', 'run_predict', 'run_pack', 'progress_bar',
+           'run_records', 'run_encode', 'run_finetune', 'run_evaluate', 'run_diagnose', 'verdict', 'main']
 
 # %% ../nbs/03_cli.ipynb #3d4a9567
 import json
@@ -491,9 +491,10 @@ def run_score(
     from w2r2.metrics.submissions import submission, write_submission
 
     scored = scored_by(predictions, benchmark.value, protocol, annotations, k, meteor, subset)
+    made = None if submit is None else submission(submit, scored, predictions, annotations, subset)
     print(scored.json()) if as_json else Console().print(scored.table())
-    if submit:
-        path = write_submission(submission(submit, scored, predictions, annotations, subset))
+    if made:
+        path = write_submission(made)
         print(f"{printable(path)}: add it by a pull request", file=sys.stderr)
 
 # %% ../nbs/03_cli.ipynb #39d06649
@@ -535,6 +536,29 @@ def run_predict(
     said = answer_release(model, root, split, blind and blind.value, progress_bar("scenes"))
     made = write_release_answers(said | {"scanrefer_truth": truth}, out)
     print(f"{printable(out)}: " + ", ".join(path.name for path in made))
+
+# %% ../nbs/03_cli.ipynb #cf351946
+@app.command(
+    "pack",
+    epilog="example: w2r2 pack hub --owner ME --root build/rooms --split test --predictions "
+    "reports/predictions/rooms-tiny-finetuned; then hf upload ME/rooms hub/datasets/rooms --repo-type dataset",
+)
+def run_pack(
+    out: Annotated[Path, typer.Argument(help="folder for models/ and datasets/")],
+    owner: Annotated[str, typer.Option(help="account on the hub, for links between the cards")],
+    root: Root = DATA / "samples",
+    split: Annotated[str, typer.Option(help="a split of the release")] = "samples",
+    predictions: Annotated[list[Path], typer.Option(help="a folder that w2r2 predict has written")] = [],
+    leaderboard: Annotated[
+        Path | None, typer.Option(help="folder of submissions, whose figures go into the cards of the same name")
+    ] = None,
+):
+    "Write folders for the Hugging Face hub: models with cards, data and answers as tables. Uploads nothing."
+    from w2r2.metrics.submissions import read_submissions
+    from w2r2.report.sharing import pack
+
+    for folder in pack(out, owner, root, split, predictions, read_submissions(leaderboard) if leaderboard else []):
+        print(printable(folder))
 
 # %% ../nbs/03_cli.ipynb #e0636f59
 Config = Annotated[Path, typer.Option(help="parameter file; see params.scannet.yaml")]
