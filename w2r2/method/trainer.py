@@ -32,7 +32,7 @@ from .reforming import Reforming, anchor_agreement, visual_attention
 from .sharding import check_shardable, shard_on_cpu
 from ..model.features import TASKS
 from ..model.fused import inputs_of
-from ..scans.files import ScanNetError
+from ..scans.files import ScanNetError, naming
 from ..scans.stores import check_store, seal
 
 # %% ../../nbs/method/05_trainer.ipynb #d32cf758
@@ -406,7 +406,8 @@ class W2R2Trainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.args.save_total_limit = None
         try:
-            super()._save_checkpoint(model, trial)
+            with naming(path):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process writes a file of its own

@@ -9,6 +9,7 @@ __all__ = ['SCENE_ID', 'MAX_SIDE', 'MAX_PIXELS', 'MAX_SCANS', 'MAX_NOTES', 'MAX_
 
 # %% ../../nbs/scans/02_files.ipynb #22546d2d
 import contextlib
+import errno
 import io
 import json
 import math
@@ -161,12 +162,19 @@ def settle(
 def naming(
     path: str | Path,  # what is written
 ):
-    "An `OSError` within the block says what was written; a full disk does not by itself."
+    """An `OSError` within the block says what was written; a full disk does not by itself. What safetensors and torch
+    say of it in errors of their own becomes an `OSError`."""
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
+        raise
+    except Exception as error:
+        if found := re.search(r"\(os error ([0-9]+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        if any(word in str(error) for word in ("PytorchStreamWriter", "iostream")):  # torch does not say why
+            raise OSError(errno.EIO, f"could not be written ({str(error).splitlines()[0][:200]})", str(path)) from error
         raise
 
 
