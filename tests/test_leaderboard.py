@@ -1,4 +1,4 @@
-"""Rows of the leaderboard: written by the command, read with checks, and scored again from the answers that are there."""
+"""Rows of the leaderboard: written by the command, read with checks, scored again from the answers that are there."""
 
 import hashlib
 import json
