@@ -64,10 +64,11 @@ class Chat:
         store: str | Path,  # folder of the answers
         budget: int = 1000,  # requests that this object may send
         tries: int = 3,  # of a question, the corrective turns included
+        longest: int = 1024,  # tokens of an answer
         temperature: float = 0.0,
     ):
         self.name, self.store, self.budget = name, Path(store), budget
-        self.tries, self.temperature = tries, temperature
+        self.tries, self.longest, self.temperature = tries, longest, temperature
 
     def _send(self, messages: list[dict]) -> str:
         "The text that comes back; parts of messages are text, or a picture under `image`. Raises EndpointError."
@@ -83,7 +84,8 @@ class Chat:
         "What `read` makes of the answer (None after the last try), and the requests that it took; 0 out of the store."
         shown = [{"type": "image", "image": picture} for picture in pictures]
         messages = [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
-        asked = json.dumps([self.name, self.temperature, self.tries, messages], default=as_data_url, sort_keys=True)
+        about = [self.name, self.temperature, self.longest, self.tries]
+        asked = json.dumps([about, messages], default=as_data_url, sort_keys=True)
         path = self.store / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
         if path.is_file():
             return read(_stored(path))[0], 0
@@ -183,7 +185,9 @@ class Endpoint(Chat):
     def _send(self, messages: list[dict]) -> str:
         headers = {"Authorization": f"Bearer {os.environ[self.key]}"} if os.environ.get(self.key) else {}
         told = [message | {"content": _as_sent(message["content"])} for message in messages]
-        body, wait = {"model": self.model, "messages": told, "temperature": self.temperature}, self.pause
+        body = {"model": self.model, "messages": told}
+        body |= {"temperature": self.temperature, "max_tokens": self.longest}
+        wait = self.pause
         for attempt in range(self.patience):
             if attempt:
                 time.sleep(wait)
