@@ -45,7 +45,7 @@ class Contender:
 
     @property
     def name(self) -> str:
-        return f"{self.row}: {self.about}"
+        return f"{self.row}: {self.about}" + (f", VLM {self.vlm}" if self.vlm else "")
 
 # %% ../../nbs/systems/30_comparison.ipynb #00000006
 @dataclass(frozen=True)
@@ -128,9 +128,9 @@ def ask_scene(
     system = None if contender.vlm == "oracle" else contending_system(contender)
     for done, inputs in enumerate(known_systems()[contender.system].variants):
         with Scan(settings["root"], settings["scene"]) as scan:  # anew, so that no variant finds what another made
-            start = time.perf_counter()
+            start = time.process_time()
             answers = ground_records(contender, scan, records, inputs)
-            found = {"seconds": (time.perf_counter() - start) / len(records)}
+            found = {"seconds": (time.process_time() - start) / len(records)}
             found["boxes"] = [answer.box.tolist() if np.isfinite(answer.box).all() else None for answer in answers]
             found["calls"] = [sum(step.calls for step in answer.trace) for answer in answers]
             if hasattr(system, "describe") and settings["objects"]:
