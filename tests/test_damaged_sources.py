@@ -9,6 +9,7 @@ from campaign import sources
 
 from w2r2.scans.colmap import read_colmap
 from w2r2.scans.files import ScanNetError
+from w2r2.scans.imports import in_metres, levelled_up
 from w2r2.scans.sources import read_arkit, read_nerfstudio, read_posed_folder, read_tum
 
 CAMERA = (50.0, 50.0, 20.0, 15.0)
@@ -112,3 +113,14 @@ def test_a_track_out_of_order_is_read_by_its_times(tmp_path, rows_and_camera):
     before = read_arkit(tmp_path).poses()
     text(TRACK, lambda said: "\n".join(reversed(said.strip().split("\n"))))(tmp_path)
     assert np.array_equal(read_arkit(tmp_path).poses(), before)
+
+
+def test_poses_that_no_room_has_are_refused_and_a_point_far_away_changes_nothing(tmp_path, rows_and_camera):
+    sources.write_posed(tmp_path, *rows_and_camera)
+    assert len(in_metres(read_posed_folder(tmp_path)).images) == sources.VIEWS
+    text("poses/000.txt", line(0, word(3, "1e300")))(tmp_path)
+    with pytest.raises(ScanNetError, match="further apart"):
+        in_metres(read_posed_folder(tmp_path))
+    points = np.random.default_rng(0).normal(0, 1, (2000, 3)) * [3, 3, 0.01]
+    far = np.concatenate([points, [[1e12, 1e12, 1e12]]])
+    assert np.allclose(levelled_up(far, np.array([0, 0, 1.0])), levelled_up(points, np.array([0, 0, 1.0])), atol=0.02)

@@ -1,7 +1,7 @@
 """Kill a small flow of stages at its writes, fill its disk, move its clock; run it again until it is through, then
 compare what it made with an undisturbed run: python -m campaign.faults --kills 200 --full 50. faults.csv has a line for
-each fault. The stages write whatever the pipeline keeps: views, features, queries, candidates, proposals, checkpoints, a
-model, and results of jobs."""
+each fault. The stages write whatever the pipeline keeps: views, features, queries, candidates, proposals, checkpoints,
+a model, and results of jobs."""
 
 import argparse
 import errno
@@ -27,7 +27,7 @@ from w2r2.model.checkpoint import load, save
 from w2r2.model.examples import build_tokenizer, encode, prepare, sample_texts, tiny_model, tokenise
 from w2r2.model.features import Features, Queries
 from w2r2.model.packing import Packer
-from w2r2.scans.files import ScanNetError
+from w2r2.scans.files import ScanNetError, naming
 from w2r2.scans.prepared import Prepared
 from w2r2.study.evaluation import propose_all, read_proposed
 from w2r2.study.jobs import Job, execute
@@ -56,6 +56,10 @@ def stages(folder: Path) -> dict:
         trainer.train(resume_from_checkpoint=last_checkpoint(settings.output_dir))
         save(trainer.model, tokenizer, packer.bins, folder / "model")
 
+    def save_tokenizer():
+        with naming(folder):
+            tokenizer.save_pretrained(folder)
+
     def made_from():
         return {"views": Prepared.open(views).digest}
 
@@ -63,7 +67,7 @@ def stages(folder: Path) -> dict:
     return {
         "tokenizer": (
             lambda: training.PreTrainedTokenizerFast.from_pretrained(folder),
-            lambda: tokenizer.save_pretrained(folder),
+            save_tokenizer,
         ),
         "views": (
             lambda: Prepared.open(views),
@@ -206,7 +210,7 @@ def campaign(kills: int, full: int, seed: int, home: Path) -> tuple[pd.DataFrame
         outcome, said, trace = run(folder, kind, at, number)
         place = where.read_text() if where.is_file() else ""
         lost = [name for name, (opened, _) in stages(folder).items() if name in before and not is_there(opened)]
-        told = outcome != "error" or any(word in said for word in ("No space left", "File too large", "written"))
+        told = outcome != "error" or str(home) in said and said.startswith("OSError")
         row = {"fault": number + 1, "kind": kind, "at": at, "clock moved": moved, "outcome": outcome, "write": place}
         rows.append(
             row | {"said": said.replace(str(home), "…")[:120], "told": told, "lost": " ".join(lost), "seed": seed}
@@ -231,5 +235,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as home:
         table, differing = campaign(options.kills, options.full, options.seed, Path(home))
     options.reports.mkdir(parents=True, exist_ok=True)
-    table.to_csv(options.reports / "faults.csv", index=False)
+    table.assign(differing=len(differing)).to_csv(options.reports / "faults.csv", index=False)
     print(table.groupby(["kind", "outcome"]).size().to_string(), differing, sep="\n")
