@@ -63,6 +63,7 @@ GLOSSARY = {
         "weighted reward": "the same, weighted by Eq. 6: less for what the shortcut pass answers",
         "divergence": "the fused answer must differ from that of the shortcut pass, up to a bound",
         "strong intervention": "intervention in nine training scenes of ten",
+        "strong disturbance": "disturbance in nine training scenes of ten (control)",
         "marked intervention": "intervention, and the prompts of a scene that was moved say so",
         "guide": "the 2D-only answer is trained beside the fused one, which learns what that answer leaves",
         "anchored counterfactual": "the true box is to be likelier under the true geometry than under the moved one; "
