@@ -141,8 +141,8 @@ class RoomsVLM:
 
 
 def _placed(picture: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """A picture as large as fits in the middle of a view of its mean colour, and where in it the object is (H, W): a close
-    picture has a margin (`w2r2.systems.marks.cut_out`), which is a sixth of the picture on each side."""
+    """A picture as large as fits in the middle of a view of its mean colour, and where in it the object is (H, W): a
+    close picture has a margin (`w2r2.systems.marks.cut_out`), which is a sixth of the picture on each side."""
     factor = min(width / picture.shape[1], height / picture.shape[0])
     size = [max(1, int(side * factor)) for side in picture.shape[1::-1]]
     view = np.empty((height, width, 3), np.uint8)
@@ -171,8 +171,8 @@ class TransformersVLM(Chat):
 
     @classmethod
     def load(cls, folder: str | Path, store: str | Path, **options) -> "TransformersVLM":
-        """From a folder, or by name from the hub; raises OSError for one that is not there, ValueError for one of another
-        kind, without a chat template, or whose processor needs a package that is not installed."""
+        """From a folder, or by name from the hub; raises OSError for one that is not there, ValueError for one of
+        another kind, without a chat template, or whose processor needs a package that is not installed."""
         try:
             processor = AutoProcessor.from_pretrained(folder)
         except ImportError as error:  # Qwen's video processors need torchvision, even for pictures
