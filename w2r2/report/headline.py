@@ -150,7 +150,7 @@ RESULT_WORDS = {GAIN: "higher", LOSS: "lower", EQUAL: "equal", NO_GAIN: "not hig
 def in_word(
     row: pd.Series,  # value, low, high of a difference, in points
 ) -> str:
-    "What the interval of a difference says, of `RESULT_WORDS`; raises ValueError if the interval does not hold the value."
+    "One of `RESULT_WORDS` for the interval of a difference; raises ValueError if the interval does not hold the value."
     if not row.low <= row.value <= row.high:
         raise ValueError(f"{row.value} is not within [{row.low}, {row.high}]")
     return RESULT_WORDS[judged(row.low / 100, row.high / 100)]
