@@ -11,8 +11,9 @@ import warnings
 
 from typer.exceptions import TyperException
 
-# isort: off  each adds its commands, in this order
-from . import benchmark_commands, full_size_commands, model_commands, scan_commands  # noqa: F401
+# each adds its commands, in this order
+# isort: off
+from . import scan_commands, model_commands, benchmark_commands, full_size_commands  # noqa: F401
 from .app import app
 from .text import printable
 # isort: on
