@@ -102,9 +102,9 @@ SCORES = {"run": {"arm": "plain", "seed": 0}, "figures": [FIGURE]}
     "content, said",
     [
         ("{", "not JSON"),
-        (json.dumps(SCORES | {"figures": 7}), "figures must be array"),
+        (json.dumps(SCORES | {"figures": 7}), "figures: it must be array"),
         (json.dumps(SCORES | {"figures": [FIGURE | {"sum": [1]}]}), "not as many"),
-        (json.dumps(SCORES | {"figures": [FIGURE | {"metric": ["Acc"]}]}), "metric must be"),
+        (json.dumps(SCORES | {"figures": [FIGURE | {"metric": ["Acc"]}]}), "figures.0.metric: it must be"),
         (json.dumps(SCORES | {"figures": [FIGURE | {"sum": [1, float("nan")]}]}), "is no number"),
         (json.dumps(SCORES)[:-1] + ', "figures": []}', "there twice"),
     ],
@@ -120,7 +120,7 @@ def test_damaged_scores_are_refused(tmp_path, content, said):
 @pytest.mark.parametrize(
     "key, value, said",
     [
-        ("refused", ["2d"], "refused must be object"),
+        ("refused", ["2d"], "refused: it must be object"),
         ("scenes", [7, 8], "must be string"),
         ("texts", ["the chair", {}], "must be string"),
         ("truth", [["1"] * 6] * 2, "must be number"),
