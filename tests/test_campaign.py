@@ -89,6 +89,7 @@ TWICE, OTHER, LESS = b'{"a": 1, "b": 2, "a": 1.5}', b'{"a": 1, "b": 3}', b'{"a":
 )
 def test_the_campaign_sees(tmp_path, monkeypatch, read, damaged, outcome):
     monkeypatch.setattr(run, "SECONDS", 0.3)
+    monkeypatch.setattr(run, "PATIENCE", 2)
     (tmp_path / "0.json").write_bytes(ORIGINAL)
     target = Target("example", tmp_path, ["0.json"], read, json_units(dict), [lambda data, rng: damaged])
     ((number, result),) = run.batch(target, 0, [0])
