@@ -22,7 +22,8 @@ from campaign.targets import ALL, Target, make
 
 from w2r2.scans.files import ScanNetError
 
-SECONDS, BATCH = 10.0, 200  # a reader that takes longer hangs; inputs of one process
+SECONDS, BATCH = 10.0, 200  # of a processor: a reader that takes longer hangs; inputs of one process
+PATIENCE = 6  # times as long by the clock, on a machine that has other things to do
 OUTCOMES = ["refused", "harmless", "silent", "crashed", "hung", "memory"]
 CLEAN = ScanNetError, FileNotFoundError
 MAKERS = make, make_sources, make_answered  # of the targets
@@ -40,13 +41,20 @@ def damage(target: Target, seed: int, number: int) -> tuple[str, bytes, bytes]:
     return name, original, rng.choice(target.mutators)(original, rng)
 
 
+def set_clock(seconds: float):
+    "To ring after so many seconds of the processor, or several times as many by the clock; 0: not."
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
+
+
 def judge(target: Target, before: dict, name: str, original: bytes, damaged: bytes) -> tuple[str, str]:
     "The outcome of reading, and what there is to say about it."
-    started = time.monotonic()
+    started = time.process_time()
     try:
         after = target.read(target.folder)
+        set_clock(0)
     except Hung:
-        return "hung", f"{time.monotonic() - started:.1f} s"
+        return "hung", f"{time.process_time() - started:.1f} s"
     except MemoryError as error:
         return "memory", str(error)
     except Exception as error:
@@ -74,6 +82,7 @@ def work(target: Target, seed: int, numbers: list[int], queue):
         raise Hung
 
     signal.signal(signal.SIGALRM, ring)
+    signal.signal(signal.SIGPROF, ring)
     before, hard = target.read(target.folder), resource.getrlimit(resource.RLIMIT_AS)[1]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for number in numbers:
@@ -83,15 +92,15 @@ def work(target: Target, seed: int, numbers: list[int], queue):
         queue.send((number, None))
         room = 10 * max(len(damaged), len(original)) + 2**26
         limited.forget_peak()
-        used, start = limited.resident(), time.monotonic()
+        used, start = limited.resident(), time.process_time()
         resource.setrlimit(resource.RLIMIT_AS, (limited.address_space() + room, hard))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        set_clock(SECONDS)
         try:
             outcome, why = judge(target, before, name, original, damaged)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            set_clock(0)
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-        seconds, peak = time.monotonic() - start, limited.resident("VmHWM") - used
+        seconds, peak = time.process_time() - start, limited.resident("VmHWM") - used
         path.write_bytes(original)
         for left in target.folder.glob("result.damaged*"):
             left.unlink()
@@ -111,7 +120,7 @@ def batch(target: Target, seed: int, numbers: list[int]):
         current = None
         while True:
             try:
-                told = receiver.recv() if receiver.poll(3 * SECONDS + 60 * (current is None)) else "silence"
+                told = receiver.recv() if receiver.poll(2 * PATIENCE * SECONDS + 60 * (current is None)) else "silence"
             except EOFError:
                 told = "death"
             if isinstance(told, str):
@@ -119,7 +128,7 @@ def batch(target: Target, seed: int, numbers: list[int]):
                 if current is None:
                     raise RuntimeError(f"{target.name}: the original cannot be read")
                 outcome = "hung" if told == "silence" else "crashed"
-                yield current, ("", outcome, f"{told} of the process", 3 * SECONDS, 0, 0)
+                yield current, ("", outcome, f"{told} of the process", PATIENCE * SECONDS, 0, 0)
                 waiting.remove(current)
                 break
             number, result = told

@@ -118,7 +118,7 @@ def levelled_up(
         heights = heights - heights.min()
         _, counts = np.unique(
             np.floor(heights / 0.04), return_counts=True
-        )  # bins would reach as far as an outlier does
+        )  # no bins as far as an outlier
         return (counts**2.0).sum()
 
     best = up
