@@ -88,7 +88,7 @@ readme: $(READY) ## the answer in nbs/index.ipynb from the committed reports, an
 
 docs: $(READY) ## the site, in _docs/html/: built, and walked through where there is a Chromium
 	rm -rf _docs
-	sphinx-build -q -j 2 -b html -c nbs -d _docs/doctrees . _docs/html
+	sphinx-build -q -W --keep-going -j 2 -b html -c nbs -d _docs/doctrees . _docs/html
 	pytest -q tests/test_site.py
 	@echo 'open _docs/html/index.html'
 
