@@ -13,9 +13,13 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from transformers.utils.import_utils import is_serve_available
 
 from w2r2.cli import main
+from w2r2.model.backbone import image_processor
+from w2r2.model.conversations import byte_tokenizer
+from w2r2.model.hosts import tiny_host_config, write_tiny_host
 from w2r2.scans.scan import Scan
 from w2r2.shipped import DATA
 from w2r2.systems.endpoint import Endpoint, EndpointError
@@ -136,6 +140,33 @@ def test_a_local_model_is_asked_like_an_endpoint(tiny, tmp_path):
     spoken = []
     vlm._send = lambda messages: spoken.append(len(messages)) or next(said)
     assert vlm.select([PICTURE], "the lamp", "Which?", OPTIONS).index == 1 and spoken == [1, 3]
+
+
+@pytest.mark.parametrize(("kind", "side"), [("qwen2_5_vl", 28), ("qwen3_vl", 32)])
+def test_a_qwen_is_asked_without_torchvision(kind, side, tmp_path):
+    write_tiny_host(tmp_path / "vlm", kind)
+    vision = tiny_host_config(kind, byte_tokenizer()).vision_config
+    image_processor(vision).save_pretrained(tmp_path / "vlm")
+    vlm = TransformersVLM.load(tmp_path / "vlm", tmp_path / "store", longest=4)
+    picture = np.full((2 * side, 3 * side, 3), 90, np.uint8)
+    asked = vlm.processor.apply_chat_template(
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "image": Image.fromarray(picture)},
+                    {"type": "text", "text": "Which?"},
+                ],
+            }
+        ],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert int((asked["input_ids"] == vlm.model.config.image_token_id).sum()) == 2 * 3
+    choice = vlm.select([picture, picture], "the chair", "Which?", OPTIONS)
+    assert (choice.index, choice.calls) == (-1, 3) and vlm.parse("a chair", "", {"target": str}) == {"target": ""}
 
 
 def test_a_folder_without_a_vlm_is_one_line(tmp_path, tiny, capsys):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUNDING_PROTOCOLS', 'NYU17', 'RULES', 'as_boxes', 'box_overlaps', 'unique_multiple', 'grounding_key',
-           'grounding_records', 'accuracy_measures', 'worst_of_objects', 'object_measures']
+           'grounding_records', 'accuracy_measures', 'mask_iou', 'mask_measures', 'worst_of_objects', 'object_measures']
 
 # %% ../../nbs/metrics/01_accuracy.ipynb #b1357bd0
 from collections import defaultdict
@@ -163,6 +163,32 @@ def accuracy_measures(
                     for k in (0.25, 0.5)
                 ]
     return measures
+
+# %% ../../nbs/metrics/01_accuracy.ipynb #ma5c0002
+def mask_iou(
+    predicted: list,  # (H, W) bool each, or None: no answer
+    annotated: list,  # (H, W) bool each, of the object in the same frames, see `w2r2.scans.scan.Scan.instance_images`
+) -> np.ndarray:  # (n,) 0 where a mask is missing or empty
+    "IoU of pairs of masks, as VLM-Grounder's second evaluator computes it; `ValueError` for sizes that differ."
+    found = np.zeros(len(annotated))
+    for row, (said, truth) in enumerate(zip(predicted, annotated, strict=True)):
+        if said is None:
+            continue
+        said, truth = np.asarray(said, bool), np.asarray(truth, bool)
+        if said.shape != truth.shape:
+            raise ValueError(f"mask {row} is {said.shape}, the annotated one {truth.shape}; give masks of one frame")
+        found[row] = (said & truth).sum() / max(1, (said | truth).sum())
+    return found
+
+
+def mask_measures(
+    predicted: list,  # see `mask_iou`
+    annotated: list,
+    scenes: list,  # of each
+) -> list:  # of `Measure`s: "mask Acc@0.25", "mask Acc@0.5"
+    "Shares of masks that overlap enough, under their own name."
+    iou = mask_iou(predicted, annotated)
+    return [Measure(f"mask Acc@{k}", (iou >= k).astype(float), np.array(scenes), share=True) for k in (0.25, 0.5)]
 
 # %% ../../nbs/metrics/01_accuracy.ipynb #7f893b32
 def worst_of_objects(
