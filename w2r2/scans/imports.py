@@ -116,9 +116,7 @@ def levelled_up(
     def levelness(direction):
         heights = points @ direction
         heights = heights - heights.min()
-        _, counts = np.unique(
-            np.floor(heights / 0.04), return_counts=True
-        )  # no bins as far as an outlier
+        _, counts = np.unique(np.floor(heights / 0.04), return_counts=True)  # no bins as far as an outlier
         return (counts**2.0).sum()
 
     best = up
