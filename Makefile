@@ -50,8 +50,10 @@ test: $(READY) ## the library notebooks (nbdev_test), then what a notebook canno
 
 INPUTS ?= 200000
 KILLS ?= 200
-campaign: $(READY) ## damaged files to every reader, kills of the miniature pipeline (INPUTS=20000 KILLS=20 for less); then the page of it
-	PYTHONPATH=tests python -m campaign.run --inputs $(INPUTS)
+campaign: $(READY) ## damaged files to every reader, faults at writes, kills of the miniature pipeline (INPUTS=20000 KILLS=20 for less; a stopped one goes on); then the page of it
+	@mkdir -p build/campaign
+	PYTHONPATH=tests python -m campaign.run --inputs $(INPUTS) --state build/campaign/inputs.jsonl
+	PYTHONPATH=tests python -m campaign.faults --kills $(KILLS)
 	PYTHONPATH=tests python -m campaign.kills --kills $(KILLS)
 	papermill --engine w2r2 --cwd nbs/bench --no-progress-bar nbs/bench/campaign.ipynb nbs/bench/campaign.ipynb
 	nbdev_clean

@@ -107,6 +107,7 @@ SCORES = {"run": {"arm": "plain", "seed": 0}, "figures": [FIGURE]}
         (json.dumps(SCORES | {"figures": [FIGURE | {"metric": ["Acc"]}]}), "figures.0.metric: it must be"),
         (json.dumps(SCORES | {"figures": [FIGURE | {"sum": [1, float("nan")]}]}), "is no number"),
         (json.dumps(SCORES)[:-1] + ', "figures": []}', "there twice"),
+        (json.dumps(SCORES | {"figures": [FIGURE] * 20_000}), "figures.1: is there twice"),
     ],
 )
 def test_damaged_scores_are_refused(tmp_path, content, said):

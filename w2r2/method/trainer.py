@@ -419,6 +419,12 @@ class W2R2Trainer(Trainer):
             for other in old[: max(0, len(found) - max(limit, len(kept)))] if limit else []:
                 remove_checkpoint(other)
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # killed after the last step; Trainer would make one more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_store(resume_from_checkpoint, "Resume from another checkpoint, or train from the beginning")
         if self.sharded or Path(resume_from_checkpoint, ADAPTER_SAFE_WEIGHTS_NAME).is_file():

@@ -189,16 +189,20 @@ def read_scores(
     "What every scene contributed to the figures of the runs in a folder; raises `ScanNetError` for a damaged one."
     parts = {}
     for path in sorted(Path(folder).rglob("scores.json")):
-        content = read_checked(path, _check_scores, "Run the arm again")
+        content, own = read_checked(path, _check_scores, "Run the arm again"), set()
         for number, figure in enumerate(content["figures"]):
             if "scenes" not in figure:
                 continue  # a figure that is no mean of records
             if len({len(figure[name]) for name in ("scenes", "sum", "count")}) > 1:
                 problem = "scenes, sum and count are not as many as each other"
                 raise ScanNetError(path, f"figures.{number}", problem, "Run the arm again")
+            key = cell_key(dict.fromkeys(CELL) | content["run"] | figure)
+            if key in own:
+                raise ScanNetError(path, f"figures.{number}", "is there twice", "Run the arm again")
+            own.add(key)
             columns = {name: figure[name] for name in ("sum", "count")}
             rows = pd.DataFrame({"scene": figure["scenes"], "seed": content["run"]["seed"], **columns})
-            parts.setdefault(cell_key(dict.fromkeys(CELL) | content["run"] | figure), []).append(rows)
+            parts.setdefault(key, []).append(rows)
     return {key: pd.concat(frames, ignore_index=True) for key, frames in parts.items()}
 
 # %% ../../nbs/report/00_results.ipynb #9aed998e
