@@ -131,7 +131,7 @@ DIRECTIONS = "higher", "lower", "undecided"
 def in_word(
     row: pd.Series,  # value, low, high of a difference
 ) -> str:
-    "What the interval of a difference says, one of `DIRECTIONS`; raises ValueError if the interval does not hold the value."
+    "What an interval says of a difference, one of `DIRECTIONS`; raises ValueError if it does not hold the value."
     if not row.low <= row.value <= row.high:
         raise ValueError(f"{row.value} is not within [{row.low}, {row.high}]")
     return DIRECTIONS[0] if row.low > 0 else DIRECTIONS[1] if row.high < 0 else DIRECTIONS[2]
