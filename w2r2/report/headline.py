@@ -17,6 +17,7 @@ from .claims import EQUAL, EQUIVALENCE, GAIN, LOSS, NO_GAIN, judged, read_paper
 from .figures import styled
 from .results import cells, contrast, in_points, noisiest, read_results, select
 from .tables import at_defaults
+from ..study.push_trial import paired_by_seed
 
 # %% ../../nbs/report/19_headline.ipynb #00000005
 SETTINGS = {
@@ -161,6 +162,9 @@ def headline_text(
     )
     strong = select(_trial(Path(reports), "differences", ("ours",)), arm="strong intervention", kind="all")
     strong = select(strong, split="test", **{"pass": "fused"}).iloc[0]
+    picks = select(_trial(Path(reports), "results", ("ours",)), split="test", **{"pass": "fused"})
+    control = paired_by_seed(picks, (("strong intervention", "strong disturbance"),)).iloc[0]
+    beyond = f"{100 * control.value:+.1f} [{100 * control.low:.1f}, {100 * control.high:.1f}]"
     longer = in_points(contrast(select(noisy, split="test"), {"arm": "plain long"}, {"arm": "plain"}))
     times = noisy[noisy.arm == "plain long"].steps.iloc[0] / noisy[noisy.arm == "plain"].steps.iloc[0]
     return [
@@ -190,5 +194,6 @@ def headline_text(
         f"**Use instead:** plain fine-tuning, and more of it ({longer} points with {times:g} times the steps, interval "
         "over seeds); where cameras or rooms will differ from those in training, move the geometry and the answer "
         f'together while training ("intervention"): {shifted} points over all such shifts together, and '
-        f"{strong.difference} where descriptions are few, but {same} with many descriptions and nothing changed.",
+        f"{strong.difference} where descriptions are few ({beyond} beyond a control that moves the geometry alone, over "
+        f"{control.seeds} seeds: {judged(control.low, control.high)}), but {same} with many descriptions and nothing changed.",
     ]
