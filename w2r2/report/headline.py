@@ -194,6 +194,7 @@ def headline_text(
         f"**Use instead:** plain fine-tuning, and more of it ({longer} points with {times:g} times the steps, interval "
         "over seeds); where cameras or rooms will differ from those in training, move the geometry and the answer "
         f'together while training ("intervention"): {shifted} points over all such shifts together, and '
-        f"{strong.difference} where descriptions are few ({beyond} beyond a control that moves the geometry alone, over "
-        f"{control.seeds} seeds: {judged(control.low, control.high)}), but {same} with many descriptions and nothing changed.",
+        f"{strong.difference} where descriptions are few ({beyond} beyond a control that moves the geometry alone, "
+        f"{control.seeds} seeds: {judged(control.low, control.high)}), but {same} with many descriptions and nothing "
+        "changed.",
     ]
