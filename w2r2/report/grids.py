@@ -63,7 +63,7 @@ def shown(
         value=scale * figures.value,
         low=scale * figures.low.clip(least, most),
         high=scale * figures.high.clip(least, most),
-        refined=np.where(figures.proposals == "yes", "by sensor depth", "no"),
+        refined=np.where(figures.proposals == "yes", "by proposals", "no"),
     )[[*SHOWN, "refined"]]
 
 # %% ../../nbs/report/02_grids.ipynb #3817f149
@@ -139,7 +139,8 @@ def source_text(
 # %% ../../nbs/report/02_grids.ipynb #8d4e3e2a
 def _with_printed(tidy: pd.DataFrame, column: str) -> pd.DataFrame:
     "Each printed number of the paper, once, in a row before those of what was measured here."
-    here = tidy[tidy.interval != NOT_MEASURED].assign(numbers="here")
+    here = tidy[tidy.interval != NOT_MEASURED]
+    here = here.assign(numbers=here["stands"].fillna("here") if "stands" in here else "here")
     printed = tidy[tidy.printed.notna()].drop_duplicates([c for c in ("input", "system", column) if c in tidy])
     printed = printed.assign(
         numbers="printed", value=printed.printed, **dict.fromkeys(["noise", "refined", "seeds", "low", "high"], np.nan)

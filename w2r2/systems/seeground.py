@@ -12,11 +12,10 @@ import numpy as np
 
 from ..scans.scan import Scan
 from .detectors import RoomsDetector, best_class, proposal_rectangles, scan_proposals
-from .grounder import FUSED, GROUNDERS, Grounding, Step
+from .grounder import FUSED, GROUNDERS, Grounding, Step, check_inputs
 from .lifting import nearest_proposal
 from .marks import RED, cut_out, write_marks
 from .projection import look_at, mark_places, read_shots, render_points, scan_points
-from .seqvlm import check_inputs
 from .vlm import VLM, Option
 
 # %% ../../nbs/systems/12_seeground.ipynb #00000003
@@ -41,7 +40,7 @@ class SeeGround:
         proposals: str = "detector",  # see `w2r2.systems.detectors.scan_proposals`
         detector=None,  # of the 2D variant; None: `RoomsDetector`
         side: int = 680,  # of the rendering [pixels]
-        lift: float = 1.5,  # of the eye above the middle of the scan's points [m]
+        lift: float = 1.5,  # of the viewpoint above the middle of the scan's points [m]
         skip: int = 1,  # see `w2r2.systems.projection.read_shots`
     ):
         self.vlm, self.proposals, self.detector = vlm, proposals, detector or RoomsDetector()

@@ -12,12 +12,11 @@ import numpy as np
 
 from ..scans.scan import Scan
 from .detectors import Detections, RoomsDetector, link_detections
-from .grounder import FUSED, GROUNDERS, Grounding, Step
+from .grounder import FUSED, GROUNDERS, Grounding, Step, check_inputs
 from .lifting import lift_masks, masked_points, usual_sizes, visual_hull
 from .marks import cut_out, make_grids, write_marks
 from .projection import read_shots, seen_points
 from .segmenters import Patches, Segmenter, shave
-from .seqvlm import check_inputs
 from .vlm import VLM, Option
 
 # %% ../../nbs/systems/11_vlm_grounder.ipynb #00000003

@@ -1,0 +1,95 @@
+"""Fine-tuned systems by the command, and around a VLM of full size that has learned nothing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from w2r2.cli import main
+from w2r2.model.hosts import build_host, save_host, write_tiny_host
+from w2r2.scans.scan import Scan
+from w2r2.shipped import DATA
+from w2r2.systems import spar as spar_module
+from w2r2.systems.asking import known_systems, system_named
+from w2r2.systems.fused_systems import VGLLMSystem
+from w2r2.systems.spar import Spar
+
+SCENE, TEXT = "scene9000_00", "the black couch"
+
+
+def test_all_systems_of_the_tables_have_a_name():
+    known = known_systems()
+    assert {"fused", "vg-llm", "video-3d-llm", "spar", "seqvlm", "vlm_grounder", "seeground"} <= set(known)
+    assert all(kind.variants[0] == "2d+3d" and len(kind.variants) > 1 for kind in known.values())
+
+
+@pytest.mark.parametrize("system", ["fused", "spar", "seqvlm"])
+def test_a_page_shows_the_way_to_an_answer(system, tmp_path, capsys):
+    page = tmp_path / "trace.html"
+    assert main(["ground", SCENE, TEXT, "--system", system, "--page", str(page), "--json"]) == 0
+    said = capsys.readouterr()
+    box, written = json.loads(said.out)[0]["box"], page.read_text(encoding="utf-8")
+    assert " calls of the model" in said.err and f"<h1>{system}" in written and TEXT in written
+    assert written.count("<img") >= (6 if system != "seqvlm" else 0)
+    shown = written.split("Answer: <b>")[1].split("<")[0].split(";")[0]
+    assert shown == "no box" if box is None else np.allclose(np.array(shown.split(), float), box, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([TEXT, "--system", "vg-llm"], "geometry from images"),
+        ([TEXT, "--system", "video-3d-llm"], "picks among candidates"),
+        ([TEXT, "--page", "trace.html"], "--html"),
+        ([TEXT, "a chair", "--system", "fused", "--page", "trace.html"], "one description"),
+        ([TEXT, "--system", "fused", "--inputs", "3d"], "knows '2d+3d', '2d'"),
+        ([TEXT, "--system", "fused", "--html", "page.html"], "--inputs"),
+    ],
+)
+def test_what_a_system_cannot_do_is_said_in_one_line(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["ground", SCENE, *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error and len(error.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_card_of_a_system_by_its_name(tmp_path, capsys):
+    assert main(["diagnose", str(tmp_path / "card"), "--system", "spar", "--queries", "4", "--scenes", "2"]) == 0
+    kept = json.loads((tmp_path / "card/card.json").read_text())
+    assert kept["system"] == "spar" and "2D only" in capsys.readouterr().out
+    assert main(["diagnose", str(tmp_path / "card"), "--system", "sparr"]) == 2
+    assert "video-3d-llm" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    "A folder with a tiny VLM of full size's kind with VGGT."
+    folder = tmp_path_factory.mktemp("host")
+    write_tiny_host(folder / "published")
+    model, tokenizer = build_host(folder / "published", folder / "published/vggt", 2, FRAME, merger_hidden=32)
+    save_host(model, tokenizer, folder / "model", {})
+    return folder / "model"
+
+
+FRAME = 56  # pixels across
+
+
+def test_a_vlm_of_full_size_is_a_system(host, monkeypatch):
+    with Scan(DATA / "samples", SCENE) as scan:
+        system = system_named("vg-llm", host)
+        assert isinstance(system, VGLLMSystem) and system.host
+        for inputs in system.variants:
+            (answer,) = system.ground(scan, [TEXT], inputs)
+            assert np.isnan(answer.box).all() and answer.trace[-1].kind == "say"  # it has learned nothing
+        asked = []
+
+        def say(model, tokenizer, records, root, longest=128, shortcut=False):
+            asked.append((records[0]["conversations"][0]["value"], shortcut))
+            yield '{"frame": 1, "center": [80, 60], "depth": 2.0, "size": [1, 0.5, 0.8]}'
+
+        monkeypatch.setattr(spar_module, "answer_records", say)
+        (answer,) = Spar(host).ground(scan, [TEXT], "2d")
+        assert answer.box[3:].tolist() == [1, 0.5, 0.8] and np.isfinite(answer.box).all()
+        assert asked[0][1] and TEXT in asked[0][0] and "Frame-1: <image>" in asked[0][0] and '"center"' in asked[0][0]
+    with pytest.raises(ValueError, match="picks among candidates"):
+        system_named("video-3d-llm", host)
