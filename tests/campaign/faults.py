@@ -56,8 +56,7 @@ def stages(folder: Path) -> dict:
         trainer = training.resumable(folder, settings)
         trainer.train(resume_from_checkpoint=last_checkpoint(settings.output_dir))
         save(trainer.model, tokenizer, packer.bins, folder / "model")
-        for left in (folder / "run").glob(".deleted-*"):  # as `w2r2.study.finetuning` does
-            shutil.rmtree(left)
+        shutil.rmtree(folder / "run")  # as `w2r2.study.finetuning` does
 
     def save_tokenizer():
         with naming(folder):
@@ -242,7 +241,7 @@ if __name__ == "__main__":
     options.reports.mkdir(parents=True, exist_ok=True)
 
     def write(table, differing):
-        print(f"{len(table)} faults, {len(differing)} files differ", flush=True)
+        print(f"{len(table)} faults, files that differ: {differing}", flush=True)
         table.assign(differing=len(differing)).to_csv(options.reports / "faults.csv", index=False)
 
     with tempfile.TemporaryDirectory() as home:
