@@ -267,8 +267,8 @@ def five_sentences(
         + f": with {found['times']:g} times the steps its accuracy is {_said(found['longer'])}, interval over seeds. "
         'Moving the geometry and the answer together while training ("intervention") gives an accuracy that is '
         f"{_said(found['shifted'])} where cameras or rooms differ from those in training, {_said(found['strong'])} "
-        f"where descriptions are few (compared with a control that moves the geometry alone: {_said(found['control'])}), "
-        f"and {_said(found['same'])} with many descriptions and nothing changed.",
+        f"where descriptions are few (against a control that moves only geometry: {_said(found['control'])}), and "
+        f"{_said(found['same'])} with many descriptions and nothing changed.",
     ]
 
 
