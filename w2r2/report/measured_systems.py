@@ -92,11 +92,12 @@ def dashes(systems: Systems | None) -> str:
 
 
 def systems_table(systems: Systems) -> pd.DataFrame:
-    "Every figure of every variant, for one grid: shares in percent, calls and seconds as they are."
+    "Every figure of every variant, for one grid: shares in percent, calls as they are, milliseconds."
     figures = systems.figures.assign(interval="scenes", seeds=np.where(systems.figures.vlm == "", 1, np.nan))
-    shares = ~figures.metric.str.endswith("per query")
+    figures["metric"] = figures.metric.replace("seconds per query", "ms per query")
+    scale = figures.metric.map({"calls per query": 1, "ms per query": 1000}).fillna(100)
     for name in ("value", "low", "high"):
-        figures[name] = figures[name].where(~shares, 100 * figures[name])
+        figures[name] = scale * figures[name]
     return figures.assign(split="test", vlm=figures.vlm.replace("", np.nan))
 
 # %% ../../nbs/report/09_measured_systems.ipynb #00000007

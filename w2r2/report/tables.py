@@ -123,7 +123,7 @@ def table2(
                     "metric": "Overall",
                     "printed": printed[5],
                     "value": mean,
-                    "interval": NOT_MEASURED if np.isnan(mean) else "none",
+                    "interval": NOT_MEASURED if five.value.isna().all() else "none",
                 }
                 | dict.fromkeys(["task", "protocol", "n", "low", "high"], np.nan)
             )
@@ -408,8 +408,8 @@ def write_all(
             "systems",
             "What stands for the systems of Tables 1 and 2, all asked the same descriptions, with 3D and without: "
             f"shares in percent, CIDEr times 100, intervals over {span(tidy.scenes.dropna())} scenes. {dashes(systems)}"
-            " Seconds are those of one core with all that a scene needs, a timing: a rerun gives similar numbers, not "
-            "the same. From nbs/bench/systems.ipynb.",
+            " Milliseconds are those of one core with all that a scene needs, a timing: a rerun gives similar numbers, "
+            "not the same. From nbs/bench/systems.ipynb.",
         )
     if timing is not None:
         pages["cost"] = cost_text(timing)

@@ -10,6 +10,7 @@ __all__ = ['ANSWER_COLUMNS', 'FIGURE_COLUMNS', 'GROUNDS_ONLY', 'Contender', 'Que
 # %% ../../nbs/systems/30_comparison.ipynb #00000002
 import hashlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -246,22 +247,23 @@ def word_figures(
                 for number, text in said.get("captions", {}).items():
                     records = items[scene, int(number)]
                     references += records
-                    captions[f"{scene}|{number}|{records[0]['object_name']}"] = {"caption": text, "iou": 1.0}
+                    # Scan2Cap's captions are tokens with blanks between them, its references too
+                    spaced = re.sub(r"([^\w\s])", r" \1 ", text)
+                    captions[f"{scene}|{number}|{records[0]['object_name']}"] = {"caption": spaced, "iou": 1.0}
                 replies += [{"question_id": key, "answer": text} for key, text in said.get("answers", {}).items()]
                 asked += job.settings["questions"] if "answers" in said else []
-            found = []
+            found = {}  # by task too: answers have a BLEU-4 and a CIDEr of their own
             if captions:
-                found += measures("scan2cap", captions, references, "scan2cap")
+                found |= {("scan2cap", m.name): m for m in measures("scan2cap", captions, references, "scan2cap")}
             if replies:
-                found += measures("scanqa", replies, asked, "video3dllm")
-            found = {m.name: m for m in found if m.name in wanted}
+                found |= {("scanqa", m.name): m for m in measures("scanqa", replies, asked, "video3dllm")}
             for name, (task, metric) in wanted.items():
                 label = _label(contender, inputs) | {"task": task, "metric": metric, "why": ""}
                 label["protocol"] = "scan2cap" if task == "scan2cap" else "video3dllm"
-                if name not in found:
+                if (task, name) not in found:
                     rows.append(label | {"why": GROUNDS_ONLY})
                     continue
-                m = found[name]
+                m = found[task, name]
                 value, low, high, n = m.interval()
                 figures = {"value": value, "low": low, "high": high}
                 scaled = {key: None if part is None else part / m.scale for key, part in figures.items()}
