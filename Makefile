@@ -50,8 +50,10 @@ test: $(READY) ## the library notebooks (nbdev_test), then what a notebook canno
 
 INPUTS ?= 200000
 KILLS ?= 200
-campaign: $(READY) ## damaged files to every reader, kills of the miniature pipeline (INPUTS=20000 KILLS=20 for less); then the page of it
-	PYTHONPATH=tests python -m campaign.run --inputs $(INPUTS)
+campaign: $(READY) ## damaged files to every reader, faults at writes, kills of the miniature pipeline (INPUTS=20000 KILLS=20 for less; a stopped one goes on); then the page of it
+	@mkdir -p build/campaign
+	PYTHONPATH=tests python -m campaign.run --inputs $(INPUTS) --state build/campaign/inputs.jsonl
+	PYTHONPATH=tests python -m campaign.faults --kills $(KILLS)
 	PYTHONPATH=tests python -m campaign.kills --kills $(KILLS)
 	papermill --engine w2r2 --cwd nbs/bench --no-progress-bar nbs/bench/campaign.ipynb nbs/bench/campaign.ipynb
 	nbdev_clean
@@ -78,7 +80,7 @@ check: $(READY) ## w2r2/ in step with nbs/, notebooks clean, code as ruff wants 
 	@echo 'w2r2/ in step, notebooks clean, data as pinned'
 
 notebooks: $(READY) ## execute the library notebooks in place
-	for notebook in nbs/[0-9]*.ipynb nbs/*/[0-9][0-9]_*.ipynb nbs/log.ipynb; do case $$notebook in nbs/pipeline/*) continue;; esac; papermill --engine w2r2 --cwd $$(dirname $$notebook) --stderr-file /dev/stderr --no-progress-bar $(CURDIR)/$$notebook $(CURDIR)/$$notebook || exit 1; done
+	for notebook in nbs/[0-9]*.ipynb nbs/*/[0-9][0-9]_*.ipynb nbs/leaderboard.ipynb nbs/log.ipynb; do case $$notebook in nbs/pipeline/*) continue;; esac; papermill --engine w2r2 --cwd $$(dirname $$notebook) --stderr-file /dev/stderr --no-progress-bar $(CURDIR)/$$notebook $(CURDIR)/$$notebook || exit 1; done
 	nbdev_clean
 
 readme: $(READY) ## the answer in nbs/index.ipynb from the committed reports, and README.md from that
@@ -88,7 +90,7 @@ readme: $(READY) ## the answer in nbs/index.ipynb from the committed reports, an
 
 docs: $(READY) ## the site, in _docs/html/: built, and walked through where there is a Chromium
 	rm -rf _docs
-	sphinx-build -q -j 2 -b html -c nbs -d _docs/doctrees . _docs/html
+	sphinx-build -q -W --keep-going -j 2 -b html -c nbs -d _docs/doctrees . _docs/html
 	pytest -q tests/test_site.py
 	@echo 'open _docs/html/index.html'
 
@@ -99,6 +101,6 @@ hooks: $(READY) ## in this clone, git diffs notebooks by cell (nbdime) and merge
 	git config --local include.path ../.gitconfig
 
 lock: $(READY) ## requirements.lock from settings.ini (needs uv; wheels of torch without CUDA in its find-links)
-	uv pip compile --quiet --upgrade --all-extras --no-header --no-annotate --python-version 3.11 -o requirements.lock setup.py
+	uv pip compile --quiet --upgrade --extra models --extra pipeline --extra dev --no-header --no-annotate --python-version 3.11 -o requirements.lock setup.py
 	sed -i 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements.lock
 	@! grep -iE '^(nvidia-(cu|nccl|nv)|triton|cuda)' requirements.lock || { echo 'The lock holds CUDA packages: compile it where pip finds a CPU build of torch.'; exit 1; }

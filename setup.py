@@ -48,7 +48,7 @@ setup(
     python_requires=">=" + settings["min_python"],
     packages=find_packages(include=[settings["lib_path"], settings["lib_path"] + ".*"]),
     install_requires=words("requirements"),
-    extras_require={name: words(f"{name}_requirements") for name in ("models", "pipeline", "dev")},
+    extras_require={name: words(f"{name}_requirements") for name in ("models", "pipeline", "lmms", "dev")},
     entry_points={
         "console_scripts": words("console_scripts"),
         "papermill.engine": ["w2r2=w2r2.engine:StableEngine"],

@@ -97,10 +97,20 @@ def test_training_goes_on_after_a_full_disk(encoded):
     for room in (sizes[-1] - 1, sizes[len(sizes) // 2]):  # no room for the largest file of a checkpoint, for half
         failed = train("full", room)
         assert failed.returncode and not (encoded / "full.safetensors").exists()
+        assert str(encoded / "full/checkpoint-1") in failed.stderr.strip().splitlines()[-1]
     again = train("full", 2**40)
     assert again.returncode == 0, again.stderr
     expected, found = (load_file(encoded / f"{name}.safetensors") for name in ("whole", "full"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("room", [2000, 100_000])
+def test_a_model_that_finds_a_full_disk_says_where(tmp_path, room):
+    code = "import sys; from w2r2.model.checkpoint import load, save; from w2r2.shipped import DATA; "
+    code += "model, tokenizer, packer = load(DATA / 'rooms-tiny'); save(model, tokenizer, packer.bins, sys.argv[1])"
+    run = with_little_room(room, "-c", code, str(tmp_path / "model"))
+    last = run.stderr.strip().splitlines()[-1]
+    assert run.returncode == 1 and "File too large" in last and str(tmp_path / "model") in last, last
 
 
 @pytest.fixture

@@ -108,6 +108,7 @@ def by_loops(batch, fused, short, mu, sigma, weight):
             box = BINS.expect(view, q.softmax(-1), poses)
             best = BINS.decode(torch.cat([view[None], q.argmax(-1) + BINS.views + BINS.count * torch.arange(6)]), poses)
             return box_iou_soft(box, truth), box_iou(best.float(), truth), q.log_softmax(-1).amax(-1).mean(), box
+        tokens = tokens[:-1]  # without the end of the answer
         logp = torch.stack([z[row].log_softmax(-1)[label] for row, label in tokens])
         right = [float(z[row].argmax() == label) for row, label in tokens]
         return (
@@ -120,6 +121,7 @@ def by_loops(batch, fused, short, mu, sigma, weight):
     out = {}
     for (scene, query), tokens in found.items():
         s, hard, likely, box = answer(short, scene, tokens)
+        followed = box_iou_soft(batch["moved_boxes"][scene, query], batch["boxes"][scene, query])
         align_loss = loss(fused, tokens)
         if box is not None:
             agreed = box_iou_soft(answer(fused, scene, tokens)[3], box)
@@ -130,8 +132,10 @@ def by_loops(batch, fused, short, mu, sigma, weight):
             flat = (1 / BINS.count * (-np.log(BINS.count) - z)).sum(-1).mean() / np.log(BINS.count)
         else:
             agreed = sum(
-                fused[row].softmax(-1)[short[row].argmax()] for row, label in tokens if short[row].argmax() != label
-            ) / len(tokens)
+                fused[row].softmax(-1)[short[row].argmax()]
+                for row, label in tokens[:-1]
+                if short[row].argmax() != label
+            ) / len(tokens[:-1])
             flat = missed = away = 0.0
         what = [(row, label) for row, label in tokens if PACKER.slots(torch.tensor(label)) < 1]
         out[scene, query] = {
@@ -147,7 +151,7 @@ def by_loops(batch, fused, short, mu, sigma, weight):
             "reweight": (1 - max(0, s - mu) / (1 - mu)) * align_loss,
             "poe": loss(fused.log_softmax(-1) + short.log_softmax(-1), tokens),
             "whatwhere": loss(short, what) + flat,
-            "counterfactual": max(0, s - mu) if box is not None else 0.0,
+            "counterfactual": max(0, s - max(mu, followed)) if box is not None else 0.0,
             "reward": missed,
             "weighted reward": (1 - max(0, s - mu) / (1 - mu)) * missed,
             "divergence": away,
@@ -159,6 +163,7 @@ def by_loops(batch, fused, short, mu, sigma, weight):
 @pytest.mark.parametrize("seed", range(6))
 def test_equal_to_loops(seed):
     batch, mu, sigma, weight = make(seed), 0.05, 0.5 + seed / 2, 0.3
+    batch["moved_boxes"] = batch["boxes"] + torch.tensor([0.4, 0, 0, 0, 0, 0])
     targets = Targets(batch, BINS, PACKER.first_bin, sigma, weight)
     fused, short = random_logits(targets, seed), random_logits(targets, 100 + seed)
     short[torch.arange(len(short)), targets.labels] += 6.0 * torch.rand(

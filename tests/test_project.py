@@ -55,6 +55,18 @@ def test_no_number_twice_in_a_folder_of_notebooks():
         assert len(numbers) == len(set(numbers)), folder
 
 
+def test_containers_and_hooks_name_what_there_is():
+    targets = {line.partition(":")[0] for line in (ROOT / "Makefile").read_text().splitlines() if "## " in line}
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    folder = ROOT / ".devcontainer"
+    container = json.loads((folder / "devcontainer.json").read_text())
+    commands = [*(hook["entry"] for hook in hooks), container["postCreateCommand"]]
+    assert {command.removeprefix("make ") for command in commands} <= targets
+    dockerfile = folder / container["build"]["dockerfile"]
+    copied = [line.split()[1] for line in dockerfile.read_text().splitlines() if line.startswith("COPY ")]
+    assert copied and all((folder / container["build"]["context"] / name).exists() for name in copied)
+
+
 def test_pipeline_is_whole():
     text = (ROOT / "dvc.yaml").read_text()
     for name, value in (pair for entry in yaml.safe_load(text)["vars"] for pair in entry.items()):

@@ -93,6 +93,15 @@ def test_a_checkpoint_with_a_file_missing_or_cut_is_not_resumed_from(encoded, tm
         trainer.train(resume_from_checkpoint=str(runs / "checkpoint-3"))
 
 
+def test_a_run_that_was_killed_after_its_last_step_makes_no_other(encoded):
+    settings = RUN | {"lr_scheduler_type": "constant"}
+    whole = training.result(training.train(encoded, "last", settings))
+    resumed = training.train(encoded, "last", settings)
+    assert resumed.state.global_step == 3 and not (encoded / "last" / "checkpoint-4").exists()
+    assert all(torch.equal(value, whole[name]) for name, value in training.result(resumed).items())
+    assert [row["step"] for row in resumed.state.log_history if "loss" in row] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("content", ["", '{"settings": {', "[]", '{"settings": {}}'])
 def test_a_result_that_is_not_whole_is_set_aside_and_done_again(tmp_path, monkeypatch, content):
     (tmp_path / "counted_whole.py").write_text("def work(settings, folder, tell):\n    return 7\n")

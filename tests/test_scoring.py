@@ -98,6 +98,71 @@ def test_recorded_figures(files):
     assert figures(files, "leo.json")["refined EM"] == golden("scanqa_peers")["leo"]["em_refined"]
 
 
+@pytest.mark.parametrize("kind", [int, float])
+def test_ids_may_be_numbers(files, kind, tmp_path):
+    """On either side; the figures do not depend on it."""
+    benchmark, protocol, path, truth = files["boxes.json"]
+    wanted = score([path], benchmark, protocol, truth, resamples=10)
+    numbered = []
+    for source in (path, truth):
+        rows = json.loads(source.read_text())
+        rows = [row | {key: kind(row[key]) for key in ("object_id", "ann_id")} for row in rows]
+        numbered.append(write(tmp_path / source.name, rows))
+    for pair in ((numbered[0], truth), (path, numbered[1]), tuple(numbered)):
+        assert score([pair[0]], benchmark, protocol, pair[1], resamples=10) == wanted
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"object_id": None}, "record 1: object_id must be string or integer"),
+        ({"ann_id": 0.5}, "record 1: ann_id must be string or integer"),
+        ({"ann_id": True}, "record 1: ann_id must be string or integer"),
+        ({"object_id": [3]}, "record 1: object_id must be string or integer"),
+        ({"bbox": [1, 2, 3]}, "record 1: bbox must be 6 or 9 numbers"),
+        ("same", "two predictions for scene, object, description"),
+        ([1, 2], "record 1: record must be object"),
+    ],
+)
+def test_a_bad_numbered_list_is_one_line(change, words, tmp_path, capsys):
+    from w2r2.cli import main
+
+    rows = [{"scene_id": "scene0000_00", "object_id": i, "ann_id": 0, "bbox": [i, 0, 0, 1, 1, 1]} for i in range(3)]
+    truth = write(tmp_path / "truth.json", rows)
+    bad = [rows[0], {**rows[0], "object_id": "0"} if change == "same" else change, rows[2]]
+    if isinstance(change, dict):
+        bad[1] = rows[1] | change
+    said = write(tmp_path / "said.json", bad)
+    options = ["--benchmark", "scanrefer", "--protocol", "scanrefer", "--annotations", str(truth)]
+    assert main(["score", str(said), *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "said.json" in error and len(error.strip().splitlines()) == 1
+
+
+def test_all_descriptions_of_an_object_have_to_be_right(tmp_path):
+    """Beacon3D's rule against a direct count."""
+    rng = np.random.default_rng(0)
+    truth = [
+        {"scene_id": f"scene{s:04}_00", "object_id": o, "ann_id": a, "bbox": [0, 0, 0, 1, 1, 1]}
+        for s in range(10)
+        for o in range(6)
+        for a in range(int(rng.integers(1, 5)))
+    ]
+    said = [row | {"bbox": [float(rng.uniform(0, 0.8)), 0, 0, 1, 1, 1]} for row in truth if rng.random() < 0.95]
+    found = score([write(tmp_path / "p.json", said)], "scanrefer", "beacon3d", write(tmp_path / "t.json", truth))
+    moved = {(row["scene_id"], row["object_id"], row["ann_id"]): row["bbox"][0] for row in said}
+    objects = {}
+    for row in truth:
+        x = moved.get((row["scene_id"], row["object_id"], row["ann_id"]), 1)
+        objects.setdefault((row["scene_id"], row["object_id"]), []).append((1 - x) / (1 + x))
+    rows = {row.name: row for row in found.rows}
+    for k in (0.25, 0.5):
+        whole = rows[f"Acc@{k} per object"]
+        assert whole.value == np.mean([min(iou) >= k for iou in objects.values()]) and whole.n == len(objects)
+        assert whole.value < rows[f"Acc@{k}"].value and rows[f"Acc@{k}"].n == len(truth)
+    assert "have one description only" in found.remarks[-1]
+
+
 def test_remarks_name_what_does_not_meet(files):
     benchmark, protocol, path, truth = files["boxes.json"]
     assert (

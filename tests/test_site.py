@@ -65,6 +65,18 @@ def test_the_tour_leads_to_every_notebook():
     assert {path.name for path in there if path not in tour} == set(), "say in nbs/tour.ipynb what it is for"
 
 
+def test_no_text_of_a_notebook_is_commented_out():
+    text = {
+        f"{path.relative_to(ROOT)}, cell {number}": "".join(cell["source"])
+        for folder in ("nbs", "reports/notebooks")
+        for path in (ROOT / folder).rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in path.parts
+        for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"])
+        if cell["cell_type"] == "markdown"
+    }
+    assert [place for place, words in text.items() if re.search(r"^# #|^#$", words, flags=re.M)] == []
+
+
 class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()

@@ -135,8 +135,8 @@ td, th { padding: 0.15em 0.7em; text-align: right; }
 th:first-child { text-align: left; } iframe { width: 100%; height: 80vh; border: 1px solid #8888; background: white; }
 [hidden] { display: none; }
 </style></head><body><h1>Where, not what</h1>
-<p>Describe an object of the room. A tiny model, taught on synthetic rooms, answers twice: with images and geometry
-(2D and 3D), and with images alone (2D only). Where both answers agree, it did not need the geometry.
+<p>Describe an object of the room. A tiny model, trained on synthetic rooms, answers twice: with images and geometry
+(2D and 3D), and with images alone (2D only). Where both agree, the geometry changed little.
 It is often wrong.</p>
 <form><label>Scene<select id="scene"></select></label>
 <label>Description<input id="text" maxlength="LONGEST" autocomplete="off" required></label>
@@ -213,12 +213,18 @@ class _Start(_Local):
         self.finish(_PAGE.replace("LONGEST", str(LONGEST_TEXT)).replace("NONCE", nonce).replace("DATA", data))
 
 
+def _once(pairs: list[tuple]) -> dict:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
 class _Ask(_Local):
     async def post(self):
         try:
             if self.request.headers.get("Content-Type", "").split(";")[0] != "application/json":
                 raise ValueError("send JSON: {scene, text}")
-            asked = json.loads(self.request.body)
+            asked = json.loads(self.request.body, object_pairs_hook=_once)
             if not isinstance(asked, dict):
                 raise ValueError("send JSON: {scene, text}")
             loop = asyncio.get_running_loop()

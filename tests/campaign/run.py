@@ -11,17 +11,22 @@ import signal
 import tempfile
 import time
 import warnings
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import limited
 import pandas as pd
+from campaign.answered import make_answered
+from campaign.sources import make_sources
 from campaign.targets import ALL, Target, make
 
 from w2r2.scans.files import ScanNetError
 
-SECONDS, BATCH = 10.0, 200  # a reader that takes longer hangs; inputs of one process
+SECONDS, BATCH = 10.0, 200  # of a processor: a reader that takes longer hangs; inputs of one process
+PATIENCE = 6  # times as long by the clock, on a machine that has other things to do
 OUTCOMES = ["refused", "harmless", "silent", "crashed", "hung", "memory"]
 CLEAN = ScanNetError, FileNotFoundError
+MAKERS = make, make_sources, make_answered  # of the targets
 
 
 class Hung(BaseException):
@@ -36,13 +41,20 @@ def damage(target: Target, seed: int, number: int) -> tuple[str, bytes, bytes]:
     return name, original, rng.choice(target.mutators)(original, rng)
 
 
+def set_clock(seconds: float):
+    "To ring after so many seconds of the processor, or several times as many by the clock; 0: not."
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
+
+
 def judge(target: Target, before: dict, name: str, original: bytes, damaged: bytes) -> tuple[str, str]:
     "The outcome of reading, and what there is to say about it."
-    started = time.monotonic()
+    started = time.process_time()
     try:
         after = target.read(target.folder)
+        set_clock(0)
     except Hung:
-        return "hung", f"{time.monotonic() - started:.1f} s"
+        return "hung", f"{time.process_time() - started:.1f} s"
     except MemoryError as error:
         return "memory", str(error)
     except Exception as error:
@@ -70,6 +82,7 @@ def work(target: Target, seed: int, numbers: list[int], queue):
         raise Hung
 
     signal.signal(signal.SIGALRM, ring)
+    signal.signal(signal.SIGPROF, ring)
     before, hard = target.read(target.folder), resource.getrlimit(resource.RLIMIT_AS)[1]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for number in numbers:
@@ -79,15 +92,15 @@ def work(target: Target, seed: int, numbers: list[int], queue):
         queue.send((number, None))
         room = 10 * max(len(damaged), len(original)) + 2**26
         limited.forget_peak()
-        used, start = limited.resident(), time.monotonic()
+        used, start = limited.resident(), time.process_time()
         resource.setrlimit(resource.RLIMIT_AS, (limited.address_space() + room, hard))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        set_clock(SECONDS)
         try:
             outcome, why = judge(target, before, name, original, damaged)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            set_clock(0)
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-        seconds, peak = time.monotonic() - start, limited.resident("VmHWM") - used
+        seconds, peak = time.process_time() - start, limited.resident("VmHWM") - used
         path.write_bytes(original)
         for left in target.folder.glob("result.damaged*"):
             left.unlink()
@@ -107,7 +120,7 @@ def batch(target: Target, seed: int, numbers: list[int]):
         current = None
         while True:
             try:
-                told = receiver.recv() if receiver.poll(3 * SECONDS + 60 * (current is None)) else "silence"
+                told = receiver.recv() if receiver.poll(2 * PATIENCE * SECONDS + 60 * (current is None)) else "silence"
             except EOFError:
                 told = "death"
             if isinstance(told, str):
@@ -115,7 +128,7 @@ def batch(target: Target, seed: int, numbers: list[int]):
                 if current is None:
                     raise RuntimeError(f"{target.name}: the original cannot be read")
                 outcome = "hung" if told == "silence" else "crashed"
-                yield current, ("", outcome, f"{told} of the process", 3 * SECONDS, 0, 0)
+                yield current, ("", outcome, f"{told} of the process", PATIENCE * SECONDS, 0, 0)
                 waiting.remove(current)
                 break
             number, result = told
@@ -132,39 +145,74 @@ def batch(target: Target, seed: int, numbers: list[int]):
                 (target.folder / name).write_bytes(content)
 
 
-def campaign(inputs: int, seed: int, folder: Path, only: str = "") -> tuple[pd.DataFrame, list[dict]]:
-    "A line for each reader, and the inputs that failed."
-    targets = [target for target in make(folder) if only in target.name]
-    total, rows, failures = sum(target.share for target in targets), [], []
+@dataclass
+class Tally:
+    "What became of some inputs of one reader."
+
+    reader: str
+    inputs: int = 0
+    kinds: dict = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    seconds: float = 0.0  # the slowest
+    peak: float = 0.0  # bytes
+    failures: list[dict] = field(default_factory=list)
+
+    def add(self, other: "Tally"):
+        self.inputs += other.inputs
+        self.kinds = {kind: count + other.kinds[kind] for kind, count in self.kinds.items()}
+        self.seconds, self.peak = max(self.seconds, other.seconds), max(self.peak, other.peak)
+        self.failures += other.failures
+
+    def row(self) -> dict:
+        measured = {"slowest [s]": self.seconds, "peak memory [MB]": self.peak / 2**20}
+        return {"reader": self.reader, "inputs": self.inputs, **self.kinds, **measured}
+
+
+def tally(target: Target, seed: int, numbers: list[int]) -> Tally:
+    "A batch of inputs, counted."
+    found = Tally(target.name, len(numbers))
+    for number, (name, outcome, why, seconds, peak, _) in batch(target, seed, numbers):
+        found.kinds[outcome] += 1
+        found.seconds, found.peak = max(found.seconds, seconds), max(found.peak, peak)
+        if outcome not in ("refused", "harmless"):
+            label = {"reader": target.name, "seed": seed, "number": number, "file": name}
+            found.failures.append(label | {"outcome": outcome, "why": why})
+    return found
+
+
+def campaign(
+    inputs: int, seed: int, folder: Path, only: str = "", state: Path | None = None, tell=lambda table, failures: None
+) -> tuple[pd.DataFrame, list[dict]]:
+    """A line for each reader, and the inputs that failed. Batches of all readers take turns; those that `state` has are
+    not done again, and `tell` hears of the others now and then."""
+    targets = [target for part in MAKERS for target in part(folder) if only in target.name]
+    total, plan = sum(target.share for target in targets), []
     for target in targets:
         count = max(1, round(inputs * target.share / total))
-        found, kinds = [], dict.fromkeys(OUTCOMES, 0)
         for first in range(0, count, BATCH):
-            numbers = list(range(first, min(first + BATCH, count)))
-            for number, (name, outcome, why, seconds, peak, room) in batch(target, seed, numbers):
-                kinds[outcome] += 1
-                found.append((seconds, peak))
-                if outcome not in ("refused", "harmless"):
-                    label = {"reader": target.name, "seed": seed, "number": number, "file": name}
-                    failures.append(label | {"outcome": outcome, "why": why})
-        seconds, peaks = zip(*found)
-        rows.append(
-            {
-                "reader": target.name,
-                "inputs": count,
-                **kinds,
-                "slowest [s]": max(seconds),
-                "peak memory [MB]": max(peaks) / 2**20,
-            }
-        )
-        print(
-            " ".join(
-                f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in rows[-1].items()
-            ),
-            flush=True,
-        )
-    return pd.DataFrame(rows), failures
+            plan.append((first / count, target, list(range(first, min(first + BATCH, count)))))
+    done = {}
+    if state is not None and state.is_file():
+        lines = [line for line in state.read_text().splitlines() if line.endswith("}")]  # the last may be cut
+        done = {(entry["reader"], *entry["numbers"]): Tally(**entry["tally"]) for entry in map(json.loads, lines)}
+    tallies = {target.name: Tally(target.name) for target in targets}
+
+    def told() -> tuple[pd.DataFrame, list[dict]]:
+        failures = [failure for found in tallies.values() for failure in found.failures]
+        return pd.DataFrame([found.row() for found in tallies.values()]), failures
+
+    last = time.monotonic()
+    for _, target, numbers in sorted(plan, key=lambda part: part[0]):
+        key = target.name, numbers[0], numbers[-1]
+        if (found := done.get(key)) is None:
+            found = tally(target, seed, numbers)
+            if state is not None:
+                with open(state, "a") as file:
+                    file.write(json.dumps({"reader": key[0], "numbers": key[1:], "tally": asdict(found)}) + "\n")
+        tallies[target.name].add(found)
+        if time.monotonic() - last > 30:
+            last = time.monotonic()
+            tell(*told())
+    return told()
 
 
 if __name__ == "__main__":
@@ -172,11 +220,16 @@ if __name__ == "__main__":
     parser.add_argument("--inputs", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="readers whose name has this")
+    parser.add_argument("--state", type=Path, help="file of what is done, from which a campaign goes on")
     parser.add_argument("--reports", type=Path, default=Path("reports/campaign"))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        table, failures = campaign(options.inputs, options.seed, Path(folder), options.only)
     options.reports.mkdir(parents=True, exist_ok=True)
-    table.assign(seed=options.seed).to_csv(options.reports / "inputs.csv", index=False, float_format="%.3g")
-    text = "".join(json.dumps(failure) + "\n" for failure in failures)
-    (options.reports / "failures.jsonl").write_text(text)
+
+    def write(table, failures):
+        print(f"{table.inputs.sum():,} inputs, {len(failures)} failed", flush=True)
+        table.assign(seed=options.seed).to_csv(options.reports / "inputs.csv", index=False, float_format="%.3g")
+        text = "".join(json.dumps(failure) + "\n" for failure in failures)
+        (options.reports / "failures.jsonl").write_text(text)
+
+    with tempfile.TemporaryDirectory() as folder:
+        write(*campaign(options.inputs, options.seed, Path(folder), options.only, options.state, write))

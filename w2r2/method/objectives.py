@@ -31,7 +31,7 @@ from w2r2.method.alignment import (
 )
 from .interventions import displace
 from ..model.fused import FusedVLM, inputs_of
-from ..scans.geometry import box_iou_soft
+from ..scans.geometry import box_iou, box_iou_soft
 from ..tasks.answers import gravity_frame, to_view
 
 # %% ../../nbs/method/02_objectives.ipynb #8ecf4634
@@ -144,13 +144,7 @@ def deter(
     "Eq. 6 of a batch, with its shortcut pass."
     spec = READINGS.get(reading)
     if spec is not None and spec.moved:
-        targets = Targets(
-            displace(targets.batch, math.prod(model.config.grid)),
-            targets.bins,
-            targets.first_bin,
-            targets.sigma,
-            targets.coordinate_weight,
-        )
+        targets = targets.of(displace(targets.batch, math.prod(model.config.grid)))
     if scenes is not None:
         fused_logits, targets = fused_logits[scenes[targets.query // targets.size[1]]], targets.take(scenes)
     if spec is None or spec.penalty is None or not spec.shortcut:
@@ -309,12 +303,17 @@ def of_boxes(values, targets):
 
 
 def counterfactual(s, fused, shortcut, targets, mu):
-    "The hinge of boxes; right words stay right when the geometry moves."
-    return hinge_penalty(of_boxes(s, targets), fused, shortcut, targets, mu)
+    "The hinge of boxes; a right answer, the moved box, is free, and right words stay right when the geometry moves."
+    moved, old = (targets.batch[name].view(-1, 6) for name in ("moved_boxes", "boxes"))
+    moved, old = moved.to(s), old.to(s)
+    said, picked = box_iou_soft(moved, old), box_iou(moved, old)  # as s is computed of either
+    words = s.new_zeros(len(targets.words))
+    followed = per_query(said[targets.grounded], words, targets, picked[targets.picked])
+    return hinge_penalty(of_boxes(s, targets), fused, shortcut, targets, followed.clamp(min=mu))
 
 
 READINGS["counterfactual"] = Reading(
-    "max(0, s(o_do, y) - mu) of boxes",
+    "max(0, s(o_do, y) - max(mu, s(y', y))) of boxes, y' = the moved box",
     "answers that do not follow a moved geometry; ours",
     counterfactual,
     gradient=True,

@@ -32,7 +32,7 @@ from .reforming import Reforming, anchor_agreement, visual_attention
 from .sharding import check_shardable, shard_on_cpu
 from ..model.features import TASKS
 from ..model.fused import inputs_of
-from ..scans.files import ScanNetError
+from ..scans.files import ScanNetError, naming
 from ..scans.stores import check_store, seal
 
 # %% ../../nbs/method/05_trainer.ipynb #d32cf758
@@ -65,6 +65,7 @@ class W2R2Config(TrainingArguments):
     tokens: int = field(default=0, metadata={"help": "Visual tokens that a training scene keeps, at random; 0: all."})
     blind: int = field(default=0, metadata={"help": "First so many steps without F3D and without the push."})
     sigma: float = field(default=1.0, metadata={"help": "Width of the soft labels of coordinates, in bins."})
+    positives: float = field(default=0.0, metadata={"help": "IoU from which a candidate is right; 0: soft labels."})
     curriculum: int = field(
         default=0, metadata={"help": "Steps until coordinates count as much as other tokens; see coordinate_weight."}
     )
@@ -324,7 +325,8 @@ class W2R2Trainer(Trainer):
     def _targets(self, inputs: dict[str, torch.Tensor]) -> Targets:
         "What a batch should say at this step."
         weight = coordinate_weight(self.state.global_step, self.args.curriculum)
-        return Targets(inputs, self.packer.bins, self.packer.first_bin, self.args.sigma, weight)
+        bins, first_bin = self.packer.bins, self.packer.first_bin
+        return Targets(inputs, bins, first_bin, self.args.sigma, weight, self.args.positives)
 
     def _push(self, model, logits, targets, scenes, items) -> tuple[Push, dict[str, torch.Tensor]]:
         "Eq. 6 of some scenes, and the share of queries of each task where it acts."
@@ -404,7 +406,8 @@ class W2R2Trainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.args.save_total_limit = None
         try:
-            super()._save_checkpoint(model, trial)
+            with naming(path):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process writes a file of its own
@@ -415,6 +418,12 @@ class W2R2Trainer(Trainer):
             old = [other for other in found if other not in kept]
             for other in old[: max(0, len(found) - max(limit, len(kept)))] if limit else []:
                 remove_checkpoint(other)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # killed after the last step; Trainer would make one more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_store(resume_from_checkpoint, "Resume from another checkpoint, or train from the beginning")

@@ -37,7 +37,9 @@ def measures(
             + "; ".join(f"{name}: {', '.join(names)}" for name, names in PROTOCOLS.items())
         )
     if benchmark == "scanrefer":
-        return accuracy.accuracy_measures(accuracy.grounding_records(predictions, annotations, protocol))
+        records = accuracy.grounding_records(predictions, annotations, protocol)
+        per_object = accuracy.object_measures(records) if protocol == "beacon3d" else []
+        return accuracy.accuracy_measures(records) + per_object
     if benchmark == "scanqa":
         return exact_match.answer_measures(predictions, annotations, protocol, with_meteor)
     if protocol == "scan2cap_benchmark":

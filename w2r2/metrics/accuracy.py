@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GROUNDING_PROTOCOLS', 'NYU17', 'RULES', 'as_boxes', 'box_overlaps', 'unique_multiple', 'grounding_key',
-           'grounding_records', 'accuracy_measures']
+           'grounding_records', 'accuracy_measures', 'mask_iou', 'mask_measures', 'worst_of_objects', 'object_measures']
 
 # %% ../../nbs/metrics/01_accuracy.ipynb #b1357bd0
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -39,7 +40,7 @@ def as_boxes(
     return rows
 
 # %% ../../nbs/metrics/01_accuracy.ipynb #380c14fe
-GROUNDING_PROTOCOLS = ("scanrefer", "video3dllm", "seqvlm", "seeground", "vlm_grounder", "vgllm")
+GROUNDING_PROTOCOLS = ("scanrefer", "video3dllm", "seqvlm", "seeground", "vlm_grounder", "vgllm", "beacon3d")
 
 
 def box_overlaps(
@@ -162,3 +163,44 @@ def accuracy_measures(
                     for k in (0.25, 0.5)
                 ]
     return measures
+
+# %% ../../nbs/metrics/01_accuracy.ipynb #ma5c0002
+def mask_iou(
+    predicted: list,  # (H, W) bool each, or None: no answer
+    annotated: list,  # (H, W) bool each, of the object in the same frames, see `w2r2.scans.scan.Scan.instance_images`
+) -> np.ndarray:  # (n,) 0 where a mask is missing or empty
+    "IoU of pairs of masks, as VLM-Grounder's second evaluator computes it; `ValueError` for sizes that differ."
+    found = np.zeros(len(annotated))
+    for row, (said, truth) in enumerate(zip(predicted, annotated, strict=True)):
+        if said is None:
+            continue
+        said, truth = np.asarray(said, bool), np.asarray(truth, bool)
+        if said.shape != truth.shape:
+            raise ValueError(f"mask {row} is {said.shape}, the annotated one {truth.shape}; give masks of one frame")
+        found[row] = (said & truth).sum() / max(1, (said | truth).sum())
+    return found
+
+
+def mask_measures(
+    predicted: list,  # see `mask_iou`
+    annotated: list,
+    scenes: list,  # of each
+) -> list:  # of `Measure`s: "mask Acc@0.25", "mask Acc@0.5"
+    "Shares of masks that overlap enough, under their own name."
+    iou = mask_iou(predicted, annotated)
+    return [Measure(f"mask Acc@{k}", (iou >= k).astype(float), np.array(scenes), share=True) for k in (0.25, 0.5)]
+
+# %% ../../nbs/metrics/01_accuracy.ipynb #7f893b32
+def worst_of_objects(
+    records: pd.DataFrame,  # from `grounding_records`
+) -> pd.DataFrame:  # index (scene, object), the same columns
+    "The overlap of the worst answered description of every object (Beacon3D's rule: all of them have to be right)."
+    return records.groupby(level=["scene", "object"], sort=False).min()
+
+
+def object_measures(
+    records: pd.DataFrame,  # from `grounding_records`
+) -> list:  # of `Measure`s, named "Acc@0.25 per object", ...
+    "Beacon3D's report: the share of objects all of whose descriptions are right, in ScanRefer's layout."
+    measured = [(*m.name.partition(" "), m) for m in accuracy_measures(worst_of_objects(records))]
+    return [replace(m, name=f"{figure} per object{', ' * bool(subset)}{subset}") for figure, _, subset, m in measured]

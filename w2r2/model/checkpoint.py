@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .fused import FusedConfig, FusedVLM
 from .fusion import METHODS
 from .packing import Packer
-from ..scans.files import ScanNetError, parse_json, read_checked
+from ..scans.files import ScanNetError, naming, parse_json, read_checked
 from ..tasks.answers import Bins
 
 # %% ../../nbs/model/05_checkpoint.ipynb #cc7a6c20
@@ -30,11 +30,12 @@ def save(
     bins: Bins,  # the answer format
     folder: str | Path,
 ):
-    "Write a model with its tokenizer and answer format."
+    "Write a model with its tokenizer and answer format; raises `OSError`, for example for a full disk."
     logging.disable_progress_bar()  # its clock would stand in executed notebooks
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    Path(folder, "bins.json").write_text(json.dumps(asdict(bins)), encoding="utf-8")
+    with naming(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        Path(folder, "bins.json").write_text(json.dumps(asdict(bins)), encoding="utf-8")
 
 # %% ../../nbs/model/05_checkpoint.ipynb #7e368023
 def _whole(low: int, high: int) -> dict:

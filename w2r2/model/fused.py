@@ -22,6 +22,7 @@ from .fusion import Fusion
 from .imvoxelnet import ImVoxelNet
 from .packing import Layout, block_mask
 from .two_hop import TwoHop
+from .video_3d_llm import ObjectPicker
 
 # %% ../../nbs/model/04_fused.ipynb #1fb73cee
 @strict
@@ -43,6 +44,7 @@ class FusedConfig(PreTrainedConfig):
     embedding_additions: bool = False  # see `Additions`
     candidates: bool = False  # is shown candidate boxes, and answers descriptions by picking one
     hops: int = 3  # of the relations that a pick reads, see `w2r2.model.two_hop.TwoHop`
+    picker: str = "two-hop"  # how it picks; or "infonce", see `w2r2.model.video_3d_llm.ObjectPicker`
     answer_token_id: int | None = None  # the next three are needed by the additions
     first_bin: int | None = None  # id of the first token of `w2r2.tasks.answers.Bins`
 
@@ -150,7 +152,9 @@ class FusedVLM(PreTrainedModel):
         self.new_phi()
         self.additions = Additions(config) if config.embedding_additions else None
         self.candidate_tokens = CandidateTokens(config.text_config.hidden_size) if config.candidates else None
-        self.two_hop = TwoHop(config.text_config.hidden_size, config.hops) if config.candidates else None
+        self.two_hop = self.object_picker = None
+        if config.candidates:
+            self.new_picker()
         self.post_init()
         self.freeze()
 
@@ -161,6 +165,16 @@ class FusedVLM(PreTrainedModel):
             hidden, config.encoder3d_dim + config.volume, config.coordinates, config.fusion, config.zero
         )
         self.voxels = ImVoxelNet(hidden, config.volume) if config.volume else None
+
+    def new_picker(self):
+        "The part that picks, untrained; raises ValueError for one that is not known."
+        hidden = self.config.text_config.hidden_size
+        if self.config.picker not in ("two-hop", "infonce"):
+            raise ValueError(f"no picker {self.config.picker!r}; use two-hop or infonce")
+        if self.config.picker == "infonce":
+            self.object_picker = ObjectPicker(hidden)
+        else:
+            self.two_hop = TwoHop(hidden, self.config.hops)
 
     def freeze(self):
         "No gradient into the vision tower and the choice of patches."
@@ -262,11 +276,14 @@ class FusedVLM(PreTrainedModel):
         segment: torch.Tensor,  # (B, T)
         hidden: torch.Tensor,  # (B, T, hidden) last hidden states
         pick: torch.Tensor,  # (B, T) bool, where a pick is asked for
-        shown: dict[str, torch.Tensor],  # f2d (B, C, hidden) and boxes (B, C, 6) of the candidates
+        shown: dict[str, torch.Tensor],  # f2d (B, C, hidden), boxes and place (B, C, 6) of the candidates
         shortcut: torch.Tensor,  # (B,) bool
     ) -> torch.Tensor:  # (N, C) logits, in the order of `pick.nonzero()`
         "How well each candidate answers each query that picks."
         scene, at = pick.nonzero(as_tuple=True)
+        if self.object_picker is not None:
+            seen = shown["f2d"][scene].to(hidden), shown["place"][scene], shortcut[scene]
+            return self.object_picker(hidden[scene, at], *seen).clamp(min=NEVER)
         counts = pick.sum(1)
         rank = torch.arange(len(scene), device=scene.device) - (counts.cumsum(0) - counts)[scene]
         order = torch.arange(pick.shape[1], device=scene.device)
@@ -372,8 +389,10 @@ class FusedVLM(PreTrainedModel):
 def add_picks(
     model: FusedVLM,
     hops: int = 3,  # see `w2r2.model.two_hop.TwoHop`
+    picker: str = "two-hop",  # see `FusedConfig`
 ):
     "Let a model answer descriptions by picking a candidate; the parts for it are untrained."
     hidden = model.config.text_config.hidden_size
-    model.config.candidates, model.config.hops = True, hops
-    model.candidate_tokens, model.two_hop = CandidateTokens(hidden), TwoHop(hidden, hops)
+    model.config.candidates, model.config.hops, model.config.picker = True, hops, picker
+    model.candidate_tokens = CandidateTokens(hidden)
+    model.new_picker()

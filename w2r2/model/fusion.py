@@ -9,6 +9,8 @@ __all__ = ['METHODS', 'Sinusoids', 'Add', 'Concat', 'CrossAttention', 'Fusion']
 import torch
 from torch import nn
 
+from .video_3d_llm import PositionCode
+
 # %% ../../nbs/model/01_fusion.ipynb #2e9d68f1
 class Sinusoids(nn.Module):
     "Sine and cosine of every number at wavelengths that double from `shortest`; no parameters."
@@ -72,7 +74,7 @@ class CrossAttention(nn.Module):
         )
 
 
-METHODS = {"add": Add, "concat": Concat, "cross-attention": CrossAttention}
+METHODS = {"add": Add, "concat": Concat, "cross-attention": CrossAttention, "position code": Add}
 
 # %% ../../nbs/model/01_fusion.ipynb #adab921e
 class Fusion(nn.Module):
@@ -84,7 +86,7 @@ class Fusion(nn.Module):
         hidden: int,  # width of F2D, of the result and of the language model
         dim: int = 16,  # width of F3D
         points: int = 15,  # how many of its numbers are coordinates [m]
-        method: str = "add",  # "add", "concat", "cross-attention"
+        method: str = "add",  # a key of `METHODS`
         zero: str = "projected",  # what 0 means in Phi(F2D, 0): "projected" tokens, or the "input" of the projector
         width: int = 128,  # of the hidden layer of the projector
     ):
@@ -93,8 +95,13 @@ class Fusion(nn.Module):
             raise ValueError(f"no fusion {method!r}; use one of {list(METHODS)}")
         if zero not in ("projected", "input"):
             raise ValueError(f"zero means 'projected' or 'input', not {zero!r}")
-        self.lift, self.zero = Sinusoids(points), zero
-        self.projector = nn.Sequential(nn.Linear(self.lift.width(dim), width), nn.GELU(), nn.Linear(width, hidden))
+        self.zero = zero
+        if method == "position code":
+            self.lift, self.projector = nn.Identity(), PositionCode(hidden, dim)
+        else:
+            self.lift = Sinusoids(points)
+            layers = nn.Linear(self.lift.width(dim), width), nn.GELU(), nn.Linear(width, hidden)
+            self.projector = nn.Sequential(*layers)
         self.fuse = METHODS[method](hidden)
 
     def project(

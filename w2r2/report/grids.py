@@ -63,7 +63,7 @@ def shown(
         value=scale * figures.value,
         low=scale * figures.low.clip(least, most),
         high=scale * figures.high.clip(least, most),
-        refined=np.where(figures.proposals == "yes", "by sensor depth", "no"),
+        refined=np.where(figures.proposals == "yes", "by proposals", "no"),
     )[[*SHOWN, "refined"]]
 
 # %% ../../nbs/report/02_grids.ipynb #3817f149

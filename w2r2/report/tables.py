@@ -149,8 +149,8 @@ def arms_table(
     baseline: str = "plain",
     scores: dict = {},
 ) -> pd.DataFrame:
-    """Fused accuracy of every arm, that of its rival on the same seeds, and the paired difference; the rival is the
-    baseline, or an arm `baseline ...` of as many steps."""
+    """Fused accuracy of every arm, that of what it is compared with on the same seeds, and the paired difference; it is
+    compared with the baseline, or with an arm `baseline ...` of as many steps."""
     chosen = select(
         at_defaults(results, defaults),
         task="scanrefer",
@@ -163,24 +163,24 @@ def arms_table(
         arm, metric = found["arm"], found["metric"]
         same = select(chosen, metric=metric, noise=found["noise"], proposals=found["proposals"])
         own = select(same, arm=arm, steps=found["steps"])
-        rival = select(same, arm=[*as_long(same, arm, found["steps"], baseline), baseline][0], seed=list(own.seed))
-        if arm == baseline or rival.empty:
+        other = select(same, arm=[*as_long(same, arm, found["steps"], baseline), baseline][0], seed=list(own.seed))
+        if arm == baseline or other.empty:
             rows.append(found)
             continue
-        found["against"] = f"{rival.arm.iloc[0]}, {span(rival.steps)} steps, {span([len(rival)])} seeds"
-        d = contrast(same, {"arm": arm, "steps": found["steps"]}, {"arm": rival.arm.iloc[0]}, scores)
+        found["against"] = f"{other.arm.iloc[0]}, {span(other.steps)} steps, {span([len(other)])} seeds"
+        d = contrast(same, {"arm": arm, "steps": found["steps"]}, {"arm": other.arm.iloc[0]}, scores)
         rows += [
             found,
             found
             | {
-                "metric": f"{metric} of rival",
-                "value": 100 * rival.value.mean(),
+                "metric": f"{metric} of baseline",
+                "value": 100 * other.value.mean(),
                 "low": np.nan,
                 "high": np.nan,
                 "interval": "none",
             },
             found
-            | {"metric": f"{metric} minus rival", "value": 100 * d.value, "low": 100 * d.low, "high": 100 * d.high},
+            | {"metric": f"{metric} minus baseline", "value": 100 * d.value, "low": 100 * d.low, "high": 100 * d.high},
         ]
     return pd.DataFrame(rows)
 
@@ -292,8 +292,8 @@ STANDS = (
     "than our own lines; VLM rooms is the tiny model, oracle knows the right object, random guesses."
 )
 REFINED = (
-    "Refined by sensor depth: boxes snapped to proposals made from sensor depth without noise, hence clean 3D "
-    "whatever the input and noise of the line."
+    "Refined by proposals: each box is replaced by the proposal that overlaps it most. Proposals are made from sensor "
+    "depth without noise, so these lines use exact 3D whatever their input and noise."
 )
 
 
@@ -334,7 +334,7 @@ def write_all(
             1,
             "protocol",
             "Readings of Eq. 6, controls and the intervention: fused accuracy in percent, and the paired difference "
-            "from the rival in column against.",
+            "from the baseline that column against names.",
         ),
         "robustness_camera": (
             shifts[camera | (shifts.split == "test")],

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RUN', 'KIND', 'TIMING', 'EVERY_SPLIT', 'ASSUMED', 'IDENTICAL', 'EQUIVALENT', 'UNDECIDED', 'DIFFERENT', 'MISSING',
-           'NEW', 'FALSE_ALARMS', 'MARGIN', 'MARGIN_SHARE', 'ERRORS', 'STATEMENT', 'NOT_SHOWN', 'KEPT', 'HAIR',
-           'CHANGED', 'DATA_TABLES', 'RUN_TABLES', 'with_means', 'pairs', 'seed_spread', 'deviations', 'judge_cells',
-           'paired_comparison', 'claim_comparisons', 'plain_comparisons', 'judge_statements', 'judge_table',
-           'judge_recomputed', 'Verdict', 'report_verdict', 'summary', 'write_verdict']
+           'NEW', 'FALSE_ALARMS', 'MARGIN', 'MARGIN_SHARE', 'ERRORS', 'STATEMENT', 'NOT_SHOWN', 'KEPT', 'CLOSE',
+           'CHANGED', 'DATA_TABLES', 'RUN_TABLES', 'RENEWED', 'with_means', 'pairs', 'seed_spread', 'deviations',
+           'judge_cells', 'paired_comparison', 'claim_comparisons', 'plain_comparisons', 'judge_statements',
+           'judge_table', 'judge_recomputed', 'Verdict', 'report_verdict', 'summary', 'write_verdict']
 
 # %% ../../nbs/report/07_verdict.ipynb #6d2af4ed
 import json
@@ -25,6 +25,7 @@ from .claims import EQUIVALENCE, REPRODUCED, read_paper
 from .grids import to_markdown
 from .results import CELL, PAIRED, noisiest, read_results, select
 from ..scans.files import ScanNetError
+from ..scans.tables import read_table
 
 # %% ../../nbs/report/07_verdict.ipynb #c258a733
 RUN = ["arm", "noise", "lam", "mu", "steps", "seed"]
@@ -191,8 +192,8 @@ def claim_comparisons(
             values = chosen[dial].dropna().unique()
             if at in values and len(values) > 2:
                 everywhere = chosen.groupby("seed")[dial].transform("nunique") == len(values)
-                rivals = (paired_comparison(chosen[everywhere], {dial: at}, {dial: v}) for v in values if v != at)
-                found = [_mean(pairs) for pairs in rivals if len(pairs)]
+                others = (paired_comparison(chosen[everywhere], {dial: at}, {dial: v}) for v in values if v != at)
+                found = [_mean(pairs) for pairs in others if len(pairs)]
         elif "above" in ask:
             side, errors = select(chosen, **ask["a"]), 0  # has to hold for every seed
             found = np.column_stack([side.value - ask["above"], side.scale]).tolist()
@@ -228,7 +229,7 @@ def plain_comparisons(
     return pd.DataFrame(rows, columns=STATEMENT).astype(dict.fromkeys(STATEMENT[3:], float))
 
 # %% ../../nbs/report/07_verdict.ipynb #a002a9f0
-KEPT, HAIR, CHANGED = "kept", "hangs on a hair", "changed"
+KEPT, CLOSE, CHANGED = "kept", "close call", "changed"
 
 
 def judge_statements(
@@ -260,7 +261,7 @@ def judge_statements(
     )
     table["probability"] = np.where(table.here, table.yes, table.no.clip(upper=1))
     table["verdict"] = np.select(
-        [table.reference == table.here, table.probability * len(table) > rate], [KEPT, HAIR], CHANGED
+        [table.reference == table.here, table.probability * len(table) > rate], [KEPT, CLOSE], CHANGED
     )
     said = there.drop_duplicates("statement").set_index("statement")
     for side in ("reference", "here"):
@@ -297,7 +298,7 @@ def judge_table(
 
 def _read_table(path: Path) -> pd.DataFrame:
     "Numbers; the index is a text that names the row."
-    wide = pd.read_csv(path)
+    wide = read_table(path, either=None)
     labels = [c for c in wide if c in RUN or c == "x" or not pd.api.types.is_numeric_dtype(wide[c])]
     names = [
         ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row if v == v)
@@ -316,11 +317,15 @@ def judge_recomputed(
     if not (path.is_file() and reference.is_file()):
         return pd.DataFrame(columns=["statement", "reference", "here", "verdict"])
     fixed = [claim["id"] for claim in read_paper()["claims"] if "check" in claim or "status" in claim]
-    there, here = (pd.read_csv(file).set_index("id").status for file in (reference, path))
+    there, here = (read_table(file, either=None, needs=["id", "status"]) for file in (reference, path))
+    there, here = (table.set_index("id").status for table in (there, here))
     both = [name for name in fixed if name in there and name in here]
     table = pd.DataFrame({"reference": there[both], "here": here[both]})
     table["verdict"] = np.where(table.reference == table.here, KEPT, CHANGED)
     return table.set_axis("claim " + table.index, axis=0).rename_axis("statement").reset_index()
+
+
+RENEWED = ("test_wide",)  # splits whose data changed after the committed results were made
 
 
 @dataclass(frozen=True)
@@ -361,6 +366,7 @@ def report_verdict(
     here, there = _machine(reports), _machine(reference)
     exact = alike(here, there)
     new, old = (read_results(folder / "results.csv") for folder in (reports, reference))
+    new, old = (side[~side.split.isin(RENEWED)] for side in (new, old))
     names = [
         name
         for name in DATA_TABLES + RUN_TABLES * exact
@@ -415,6 +421,7 @@ def write_verdict(
         f"**{'Passed' if verdict.passed else 'Failed'}**, in mode `{verdict.mode}`: {verdict.why}.",
         f"{len(verdict.cells):,} cells were compared, each the mean over the seeds that both sides have; the "
         "committed ones are recomputed from those seeds alone. "
+        f"Left out: {', '.join(RENEWED)}, whose data are new since the committed results. "
         f"{verdict.not_run:,} committed numbers are of runs "
         "that this run does not have (another `train.set`). "
         + (
@@ -429,7 +436,7 @@ def write_verdict(
         to_markdown(summary(verdict)),
         f"## Statements\n\n{len(verdict.statements):,} statements are made by both sides: "
         + ", ".join(f"{count} {word}" for word, count in said.items())
-        + f". A word hangs on a hair if it differs, and a correct machine may say it too; it is changed if that has a "
+        + f". A word is a close call if it differs, and a correct machine may say it too; it is changed if that has a "
         f"probability below {FALSE_ALARMS / 2}/{len(verdict.statements)}. So a correct machine fails with a "
         f"probability of {FALSE_ALARMS:.0%} at most.",
     ]

@@ -7,6 +7,7 @@ __all__ = ['CAMERA_MODELS', 'colmap_camera', 'colmap_folder', 'read_colmap']
 
 # %% ../../nbs/scans/21_colmap.ipynb #60315ab9
 import struct
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from scipy.spatial.transform import Rotation
 
 from .annotations import read_text
 from .cameras import invert_rigid
-from .files import ScanNetError, inside, regular_file
-from .posed import PosedImage, PosedRecording, pinhole
+from .files import ScanNetError, check_once, inside, plain_numbers, regular_file
+from .posed import PosedImage, PosedRecording, check_recording, pinhole, quaternion_rotation
 
 # %% ../../nbs/scans/21_colmap.ipynb #2b863382
 CAMERA_MODELS = {  # number in binary files, and where f (fx, fy), cx, cy, k1, k2, p1, p2 stand among the parameters
@@ -48,18 +49,31 @@ def _lines(path: Path) -> list[list[str]]:
     return [line.split() for line in read_text(path).split("\n") if not line.startswith("#")]
 
 
-def _read_colmap_text(folder: Path) -> tuple[dict, list, np.ndarray, np.ndarray]:
-    cameras, images, points = {}, [], []
-    for line in filter(None, _lines(folder / "cameras.txt")):
-        cameras[int(line[0])] = (line[1], (int(line[2]), int(line[3])), [float(word) for word in line[4:]])
-    lines = _lines(folder / "images.txt")
+def _whole(word: str) -> int:
+    if not (word.isascii() and word.isdecimal()):
+        raise ValueError(f"{word[:40]!r} is no whole number")
+    return int(word)
+
+
+def _read_colmap_text(folder: Path) -> tuple[list, list, np.ndarray, np.ndarray]:
+    cameras, images, points, path = [], [], [], folder / "cameras.txt"
+    for line in filter(None, _lines(path)):
+        size = _whole(line[2]), _whole(line[3])
+        cameras.append((_whole(line[0]), (line[1], size, plain_numbers(line[4:], path, f"camera {line[0]}"))))
+    path = folder / "images.txt"
+    lines = _lines(path)
     while lines and not lines[0]:
         lines.pop(0)
-    for line in lines[::2]:  # every second line holds the keypoints, and may be empty
+    for line, keypoints in zip_longest(lines[::2], lines[1::2], fillvalue=[]):  # those may be an empty line
+        if len(keypoints) % 3 or keypoints and not line:
+            raise ValueError(f"{path.name}: a line of {len(keypoints)} words where keypoints are expected")
         if line:
-            images.append((" ".join(line[9:]), int(line[8]), [float(word) for word in line[1:8]]))
-    if (folder / "points3D.txt").is_file():
-        points = [[float(word) for word in line[1:7]] for line in _lines(folder / "points3D.txt") if line]
+            images.append((" ".join(line[9:]), _whole(line[8]), plain_numbers(line[1:8], path, f"image {line[0]}")))
+    path = folder / "points3D.txt"
+    for line in filter(None, _lines(path)) if path.is_file() else ():
+        if len(line) % 2 or len(line) < 8 or max(colors := [_whole(word) for word in line[4:7]]) > 255:
+            raise ValueError(f"{path.name}: point {line[0]} has no place, colour, error and track")
+        points.append(plain_numbers(line[1:4], path, f"point {line[0]}") + colors)
     points = np.array(points, float).reshape(-1, 6)
     return cameras, images, points[:, :3], points[:, 3:].astype(np.uint8)
 
@@ -78,7 +92,14 @@ class _Bytes:
     def skip(self, size: int, kinds: str):
         "A list of things of that size; the last of the numbers before it says how many."
         count = self.take(kinds)[-1]
+        if size * count > len(self.data) - self.at:
+            raise ValueError(f"ends within a list of {count:,} entries")
         self.at += size * count
+
+    def end(self):
+        "Nothing may follow."
+        if self.at != len(self.data):
+            raise ValueError(f"goes on for {len(self.data) - self.at:,} bytes after its end")
 
     def text(self) -> str:
         end = self.data.index(b"\0", self.at)
@@ -86,26 +107,30 @@ class _Bytes:
         return self.data[start:end].decode()
 
 
-def _read_colmap_binary(folder: Path) -> tuple[dict, list, np.ndarray, np.ndarray]:
-    cameras, images, points = {}, [], []
+def _read_colmap_binary(folder: Path) -> tuple[list, list, np.ndarray, np.ndarray]:
+    cameras, images, points = [], [], []
     file = _Bytes(folder / "cameras.bin")
     for _ in range(*file.take("Q")):
         number, model, width, height = file.take("iiQQ")
         if model not in _NAMES:
             raise ScanNetError(folder / "cameras.bin", f"camera {number}", f"has model number {model}", _UNDISTORT)
         model = _NAMES[model]
-        cameras[number] = (model, (width, height), list(file.take(f"{max(CAMERA_MODELS[model][1]) + 1}d")))
+        parameters = list(file.take(f"{max(CAMERA_MODELS[model][1]) + 1}d"))
+        cameras.append((number, (model, (width, height), parameters)))
+    file.end()
     file = _Bytes(folder / "images.bin")
     for _ in range(*file.take("Q")):
         _, *pose, camera = file.take("I7dI")
         images.append((file.text(), camera, pose))
         file.skip(24, "Q")  # keypoints
+    file.end()
     if (folder / "points3D.bin").is_file():
         file = _Bytes(folder / "points3D.bin")
         for _ in range(*file.take("Q")):
             _, *point = file.take("Q3d3B")
             points.append(point)
             file.skip(8, "dQ")  # reprojection error, then the track
+        file.end()
     points = np.array(points, float).reshape(-1, 6)
     return cameras, images, points[:, :3], points[:, 3:].astype(np.uint8)
 
@@ -139,13 +164,18 @@ def read_colmap(
         ) from None
     if not found:
         raise ScanNetError(folder, f"images.{kind}", "lists no image", "Run colmap mapper again; no image was placed")
-    pictures, taken = Path(images) if images else Path(source) / "images", []
+    for what, names in (("cameras", cameras), ("images", found)):
+        check_once((name for name, *_ in names), folder / f"{what}.{kind}", what)
+    if not np.isfinite(points).all():
+        raise ScanNetError(folder / f"points3D.{kind}", "points", "are not finite")
+    pictures, taken, cameras = Path(images) if images else Path(source) / "images", [], dict(cameras)
     for name, camera, (*turn, x, y, z) in sorted(found):
         if camera not in cameras:
             raise ScanNetError(folder, f"image {name}", f"was taken by camera {camera}, which is not listed")
         pose = np.eye(4)
-        pose[:3, :3], pose[:3, 3] = Rotation.from_quat(turn, scalar_first=True).as_matrix(), (x, y, z)
+        turn = quaternion_rotation(np.roll(turn, -1), folder / f"images.{kind}", f"image {name}")
+        pose[:3, :3], pose[:3, 3] = turn, (x, y, z)
         model, size, parameters = cameras[camera]
         intrinsic, lens = colmap_camera(model, parameters, folder / f"cameras.{kind}")
         taken.append(PosedImage(regular_file(inside(pictures, name)), invert_rigid(pose), intrinsic, size, lens))
-    return PosedRecording(Path(source), taken, points=points, point_colors=colors)
+    return check_recording(PosedRecording(Path(source), taken, points=points, point_colors=colors))

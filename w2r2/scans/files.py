@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCENE_ID', 'MAX_SIDE', 'MAX_PIXELS', 'MAX_SCANS', 'MAX_NOTES', 'MAX_EXPANSION', 'ScanNetError', 'regular_file',
-           'check_weight', 'parse_json', 'read_checked', 'settle', 'naming', 'atomic_write', 'exclusive', 'inside',
-           'scene_folder', 'open_image', 'decode_image']
+           'check_weight', 'parse_json', 'read_checked', 'plain_numbers', 'check_once', 'settle', 'naming',
+           'atomic_write', 'exclusive', 'inside', 'scene_folder', 'open_image', 'decode_image']
 
 # %% ../../nbs/scans/02_files.ipynb #22546d2d
 import contextlib
+import errno
 import io
 import json
 import math
@@ -45,7 +46,11 @@ def regular_file(
 ) -> Path:  # the same path
     "Checks that `path` is a readable regular file; raises `ScanNetError` if not."
     path = Path(path)
-    if "\0" in str(path) or not path.is_file() or not os.access(path, os.R_OK):
+    try:
+        readable = "\0" not in str(path) and path.is_file() and os.access(path, os.R_OK)
+    except OSError:  # such as a name that is too long
+        readable = False
+    if not readable:
         raise ScanNetError(path, "file", "missing, unreadable or not a regular file", "Check the path and the download")
     return path
 
@@ -111,6 +116,35 @@ def read_checked(
         where = ".".join(error.path[1:]) or "file"
         raise ScanNetError(path, where, error.message.replace(error.name, "it", 1), remedy) from None
 
+# %% ../../nbs/scans/02_files.ipynb #0020f83a
+_PLAIN = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+def plain_numbers(
+    words: Iterable[str],
+    file: str | Path,  # named in the error
+    where: str,  # named in the error
+    remedy: str = "Export the file again",
+) -> list[float]:
+    "Finite numbers in decimal digits; raises `ScanNetError` for a word that is none."
+    numbers = []
+    for word in words:
+        if not _PLAIN.fullmatch(word) or not math.isfinite(number := float(word)):
+            raise ScanNetError(file, where, f"{word[:40]!r} is no finite number", remedy)
+        numbers.append(number)
+    return numbers
+
+
+def check_once(
+    names: Iterable,  # hashable
+    file: str | Path,  # named in the error
+    where: str,  # named in the error
+):
+    "Raise `ScanNetError` for a name that is there twice."
+    (name, count), *_ = Counter(names).most_common(1) or [("", 0)]
+    if count > 1:
+        raise ScanNetError(file, where, f"{str(name)[:40]!r} is there twice")
+
 # %% ../../nbs/scans/02_files.ipynb #5c3dd4c7
 def settle(
     paths: Iterable[str | Path],  # files or folders
@@ -128,12 +162,19 @@ def settle(
 def naming(
     path: str | Path,  # what is written
 ):
-    "An `OSError` within the block says what was written; a full disk does not by itself."
+    """An `OSError` within the block says what was written; a full disk does not by itself. What safetensors and torch
+    say of it in errors of their own becomes an `OSError`."""
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
+        raise
+    except Exception as error:
+        if found := re.search(r"\(os error ([0-9]+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        if any(word in str(error) for word in ("PytorchStreamWriter", "iostream")):  # torch does not say why
+            raise OSError(errno.EIO, f"could not be written ({str(error).splitlines()[0][:200]})", str(path)) from error
         raise
 
 

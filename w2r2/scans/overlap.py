@@ -14,6 +14,7 @@ EPSILON = {
     "scan2cap": 1e-8,
     "video3dllm": 1e-8,
     "leo": 1e-8,  # added to the union [m³]
+    "beacon3d": 0.0,
     "seqvlm": 0.0,
     "seeground": 0.0,
     "vlm_grounder": 0.0,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONVENTIONS', 'PosedImage', 'PosedRecording', 'pinhole', 'rectified', 'read_color', 'read_depth', 'to_opencv',
-           'from_opencv', 'check_rigid', 'depth_agreement', 'convention_agreement', 'camera_up', 'check_convention',
-           'cameras_picture']
+           'from_opencv', 'check_rigid', 'quaternion_rotation', 'check_recording', 'depth_agreement',
+           'convention_agreement', 'camera_up', 'check_convention', 'cameras_picture']
 
 # %% ../../nbs/scans/20_posed.ipynb #c933368c
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.ndimage import map_coordinates
+from scipy.spatial.transform import Rotation
 
 from .cameras import back_project, invert_rigid, project, resize_intrinsic
-from .files import ScanNetError, decode_image, regular_file
+from .files import MAX_SIDE, ScanNetError, check_once, decode_image, regular_file
 
 # %% ../../nbs/scans/20_posed.ipynb #bc64c581
 @dataclass(frozen=True, eq=False)
@@ -150,6 +151,35 @@ def check_rigid(
             file, f"pose {int(bad.argmax())}", "is no rotation and translation", "Export the poses again, unscaled"
         )
     return poses
+
+
+def quaternion_rotation(
+    quaternion: np.ndarray,  # (4,) x, y, z, w
+    file: str | Path,  # named in the error
+    where: str,  # named in the error
+) -> np.ndarray:  # (3, 3)
+    "The rotation of a unit quaternion; raises `ScanNetError` for any other."
+    if not abs(np.linalg.norm(quaternion) - 1) < 1e-2:
+        raise ScanNetError(file, where, "has no unit quaternion", "Export the poses again")
+    return Rotation.from_quat(quaternion).as_matrix()
+
+
+def check_recording(
+    recording: PosedRecording,
+) -> PosedRecording:  # the same
+    "Raises `ScanNetError` for an image that is there twice, and for a pose, camera or unit that cannot be."
+    check_once((image.image for image in recording.images), recording.source, "images")
+    check_rigid(recording.poses(), recording.source)
+    if not 0 < recording.depth_unit < 1e9:
+        raise ScanNetError(recording.source, "depth", f"has {recording.depth_unit:g} units to the metre")
+    for image in recording.images:
+        focal, centre = np.diag(image.intrinsic)[:2], image.intrinsic[:2, 2]
+        said = f"{image.size[0]} x {image.size[1]} pixels, focal lengths {focal}, centre {centre}, lens {image.lens}"
+        possible = all(1 <= side <= MAX_SIDE for side in image.size)
+        possible &= bool((focal > 0).all() and (np.abs([*focal, *centre]) < 100 * MAX_SIDE).all())
+        if not possible or not (np.abs(image.lens) < 100).all():
+            raise ScanNetError(recording.source, f"camera of {image.image.name}", f"cannot be: {said}")
+    return recording
 
 # %% ../../nbs/scans/20_posed.ipynb #257c376e
 def depth_agreement(

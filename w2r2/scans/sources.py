@@ -9,13 +9,31 @@ __all__ = ['TUM_CAMERAS', 'image_size', 'read_nerfstudio', 'nearest', 'read_tum'
 import re
 from pathlib import Path
 
+import fastjsonschema
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from .annotations import read_text
 from .cameras import invert_rigid
-from .files import ScanNetError, inside, open_image, parse_json, regular_file
-from .posed import PosedImage, PosedRecording, check_rigid, pinhole, to_opencv
+from w2r2.scans.files import (
+    MAX_SIDE,
+    ScanNetError,
+    check_once,
+    inside,
+    open_image,
+    plain_numbers,
+    read_checked,
+    regular_file,
+)
+from w2r2.scans.posed import (
+    PosedImage,
+    PosedRecording,
+    check_recording,
+    check_rigid,
+    pinhole,
+    quaternion_rotation,
+    to_opencv,
+)
 
 # %% ../../nbs/scans/22_sources.ipynb #9f4ebb5f
 def image_size(path: Path) -> tuple[int, int]:  # width, height [pixels]
@@ -24,27 +42,47 @@ def image_size(path: Path) -> tuple[int, int]:  # width, height [pixels]
 
 
 def _numbers(path: Path, columns: tuple[int, ...]) -> np.ndarray:
-    "A text file of numbers, `#` comments left out, as rows; raises `ScanNetError`."
-    rows = [line.replace(",", " ").split() for line in read_text(path).split("\n") if line.strip() and line[0] != "#"]
-    try:
-        table = np.array(rows, float)
-    except ValueError as error:
-        raise ScanNetError(path, "text", f"is no table of numbers ({error})") from None
-    if table.ndim != 2 or table.shape[1] not in columns or not np.isfinite(table).all():
-        raise ScanNetError(
-            path, "text", f"has shape {table.shape}, not rows of {' or '.join(map(str, columns))} numbers"
-        )
-    return table
+    "A text file of numbers, `#` comments left out, as rows of one length; raises `ScanNetError`."
+    lines = [line.replace(",", " ").split() for line in read_text(path).split("\n") if line.strip() and line[0] != "#"]
+    lengths = {len(line) for line in lines}
+    if len(lengths) != 1 or not lengths < set(columns) | {0}:
+        found = " or ".join(map(str, sorted(lengths))) or "no"
+        wanted = " or ".join(map(str, columns))
+        raise ScanNetError(path, "text", f"has {found} numbers in a row where {wanted} are expected")
+    return np.array([plain_numbers(line, path, f"row {number}") for number, line in enumerate(lines, 1)])
+
+
+def _track(path: Path, columns: int) -> np.ndarray:
+    "Rows of numbers by time, which comes first."
+    table = _numbers(path, (columns,))
+    check_once(table[:, 0].tolist(), path, "times")
+    return table[np.argsort(table[:, 0])]
 
 # %% ../../nbs/scans/22_sources.ipynb #5665abff
+_NUMBER, _PATH = {"type": "number", "minimum": -1e6, "maximum": 1e6}, {"type": "string", "minLength": 1}
+_SIDE = {"type": "integer", "minimum": 1, "maximum": MAX_SIDE}
+_ROW = {"type": "array", "minItems": 4, "maxItems": 4, "items": _NUMBER}
+_KNOWN = dict.fromkeys(("fl_x", "fl_y", "cx", "cy", "k1", "k2", "k3", "k4", "p1", "p2"), _NUMBER)
+_KNOWN |= {"w": _SIDE, "h": _SIDE, "camera_model": {"type": "string"}, "file_path": _PATH, "depth_file_path": _PATH}
+_KNOWN["transform_matrix"] = _ROW | {"items": _ROW}
+_FRAMES = {"type": "array", "minItems": 1, "items": {"type": "object", "properties": _KNOWN}}
+_UNIT = {"type": "number", "minimum": 1e-6, "maximum": 1e3}
+_check_transforms = fastjsonschema.compile(  # of a frame, or of all of them
+    {
+        "type": "object",
+        "required": ["frames"],
+        "properties": _KNOWN | {"frames": _FRAMES, "depth_unit_scale_factor": _UNIT},
+    }
+)
+
+
 def read_nerfstudio(
     source: Path,  # folder with transforms.json, or that file
 ) -> PosedRecording:
     "A `transforms.json` with its images; raises `ScanNetError`."
     path = Path(source) / "transforms.json" if Path(source).is_dir() else Path(source)
-    said, taken = parse_json(regular_file(path).read_bytes(), path), []
-    if not isinstance(said, dict) or not isinstance(said.get("frames"), list) or not said["frames"]:
-        raise ScanNetError(path, "frames", "is missing or empty", "Run ns-process-data again")
+    said, taken = read_checked(regular_file(path), _check_transforms, "Run ns-process-data again"), []
+    check_once((frame["file_path"] for frame in said["frames"] if "file_path" in frame), path, "frames")
     for number, frame in enumerate(said["frames"]):
         where, known = f"frame {number}", said | frame
         missing = [name for name in ("file_path", "transform_matrix", "fl_x", "cx", "cy") if name not in known]
@@ -55,20 +93,16 @@ def read_nerfstudio(
             raise ScanNetError(
                 path, where, f"camera model {model} is no pinhole with k1, k2, p1, p2", "Undistort the images first"
             )
-        try:
-            stored = np.array(known["transform_matrix"], float).reshape(4, 4)
-            intrinsic = pinhole(known["fl_x"], known.get("fl_y", known["fl_x"]), known["cx"] - 0.5, known["cy"] - 0.5)
-            lens = tuple(float(known.get(name, 0)) for name in ("k1", "k2", "p1", "p2"))
-        except (TypeError, ValueError) as error:
-            raise ScanNetError(path, where, f"camera or pose is no number ({error})") from None
-        pose = to_opencv(check_rigid(stored[None], path)[0], "opengl-c2w")
+        intrinsic = pinhole(known["fl_x"], known.get("fl_y", known["fl_x"]), known["cx"] - 0.5, known["cy"] - 0.5)
+        lens = tuple(float(known.get(name, 0)) for name in ("k1", "k2", "p1", "p2"))
+        pose = to_opencv(check_rigid(np.array([known["transform_matrix"]], float), path)[0], "opengl-c2w")
         image = inside(path.parent, known["file_path"])
         depth = inside(path.parent, known["depth_file_path"]) if "depth_file_path" in known else None
         size = (int(known["w"]), int(known["h"])) if "w" in known and "h" in known else image_size(image)
         taken.append(PosedImage(regular_file(image), pose, intrinsic, size, lens, depth and regular_file(depth)))
     measured = all(image.depth for image in taken)
-    unit = 1 / float(said.get("depth_unit_scale_factor", 0.001))
-    return PosedRecording(Path(source), taken, unit, 1.0 if measured else None, up=(0, 0, 1))
+    unit = 1 / said.get("depth_unit_scale_factor", 0.001)
+    return check_recording(PosedRecording(Path(source), taken, unit, 1.0 if measured else None, up=(0, 0, 1)))
 
 # %% ../../nbs/scans/22_sources.ipynb #57c8132d
 TUM_CAMERAS = {  # fx, fy, cx, cy of the colour camera at 640 x 480 [pixels], as published
@@ -91,13 +125,13 @@ def nearest(
 
 def _listed(path: Path) -> tuple[np.ndarray, list[str]]:
     rows = [line.split() for line in read_text(path).split("\n") if line.strip() and line[0] != "#"]
-    try:
-        rows = sorted((float(time), name) for time, name in rows)
-    except ValueError:
-        raise ScanNetError(path, "text", "is not a list of times and file names") from None
-    if not rows:
-        raise ScanNetError(path, "text", "lists nothing")
-    return np.array([time for time, _ in rows]), [name for _, name in rows]
+    if not rows or any(len(row) != 2 for row in rows):
+        raise ScanNetError(path, "text", "is not a list of times and file names")
+    times, names = plain_numbers((time for time, _ in rows), path, "times"), [name for _, name in rows]
+    check_once(times, path, "times")
+    check_once(names, path, "files")
+    order = np.argsort(times)
+    return np.array(times)[order], [names[place] for place in order]
 
 
 def read_tum(
@@ -113,21 +147,21 @@ def read_tum(
         )
     times, names = _listed(source / "rgb.txt")
     depth_times, depth_names = _listed(source / "depth.txt")
-    track = _numbers(source / "groundtruth.txt", (8,))
-    track = track[np.argsort(track[:, 0], kind="stable")]
+    track = _track(source / "groundtruth.txt", 8)
     for time, name in zip(times, names):
         depth, place = nearest(depth_times, time, 0.02), nearest(track[:, 0], time, 0.02)
         if depth is None or place is None:
             continue
         pose = np.eye(4)
-        pose[:3, :3], pose[:3, 3] = Rotation.from_quat(track[place, 4:]).as_matrix(), track[place, 1:4]
+        turn = quaternion_rotation(track[place, 4:], source / "groundtruth.txt", f"time {track[place, 0]:.6f}")
+        pose[:3, :3], pose[:3, 3] = turn, track[place, 1:4]
         image, measured = inside(source, name), inside(source, depth_names[depth])
         taken.append(PosedImage(image, pose, pinhole(*camera), image_size(image), depth=regular_file(measured)))
     if not taken:
         raise ScanNetError(
             source, "times", "no image has depth and a pose within 20 ms", "Use the three lists of one sequence"
         )
-    return PosedRecording(source, taken, 5000.0, 1.0, up=(0, 0, 1))
+    return check_recording(PosedRecording(source, taken, 5000.0, 1.0, up=(0, 0, 1)))
 
 # %% ../../nbs/scans/22_sources.ipynb #3edcbf5e
 def read_arkit(
@@ -135,20 +169,27 @@ def read_arkit(
 ) -> PosedRecording:
     "A video of ARKitScenes, images without a pose left out; raises `ScanNetError`."
     source, taken = Path(source), []
-    track = _numbers(source / "lowres_wide.traj", (7,))
-    cameras = {p.stem.rpartition("_")[2]: p for p in sorted((source / "lowres_wide_intrinsics").glob("*.pincam"))}
+    track = _track(source / "lowres_wide.traj", 7)
+
+    def time_of(path: Path) -> float:
+        if not re.fullmatch(r"[0-9]+\.[0-9]+", time := path.stem.rpartition("_")[2]):
+            raise ScanNetError(path, "name", "does not end in a time", "Keep the names of the release")
+        return float(time)
+
+    cameras = sorted((source / "lowres_wide_intrinsics").glob("*.pincam"), key=time_of)
     if not cameras:
         raise ScanNetError(source, "lowres_wide_intrinsics", "holds no camera", "Download lowres_wide_intrinsics")
-    camera_times = np.array(sorted(map(float, cameras)))
-    camera_names = sorted(cameras, key=float)
+    camera_times = np.array([time_of(path) for path in cameras])
     for image in sorted((source / "lowres_wide").glob("*.png")):
-        if not re.fullmatch(r"[0-9]+\.[0-9]+", time := image.stem.rpartition("_")[2]):
-            raise ScanNetError(image, "name", "does not end in a time", "Keep the names of the release")
-        place, camera = nearest(track[:, 0], float(time), 0.005), nearest(camera_times, float(time), 0.002)
+        time = time_of(image)
+        place, camera = nearest(track[:, 0], time, 0.005), nearest(camera_times, time, 0.002)
         depth = source / "lowres_depth" / image.name
         if place is None or camera is None or not depth.is_file():
             continue
-        width, height, *parameters = _numbers(cameras[camera_names[camera]], (6,))[0].tolist()
+        said = _numbers(cameras[camera], (6,))
+        if len(said) != 1 or (said[0, :2] % 1).any():
+            raise ScanNetError(cameras[camera], "text", "is not one row of width, height, fx, fy, cx, cy")
+        width, height, *parameters = said[0].tolist()
         pose = np.eye(4)
         pose[:3, :3], pose[:3, 3] = Rotation.from_rotvec(track[place, 1:4]).as_matrix(), track[place, 4:]
         taken.append(
@@ -161,7 +202,7 @@ def read_arkit(
             "no image has a pose, a camera and depth",
             "Download lowres_wide, lowres_depth and lowres_wide.traj",
         )
-    return PosedRecording(source, taken, 1000.0, 1.0, up=(0, 0, 1), upright=False)
+    return check_recording(PosedRecording(source, taken, 1000.0, 1.0, up=(0, 0, 1), upright=False))
 
 # %% ../../nbs/scans/22_sources.ipynb #5d24eeda
 def read_posed_folder(
@@ -172,19 +213,14 @@ def read_posed_folder(
     names = {p.stem: p for p in sorted((source / "images").iterdir()) if p.suffix.lower() in (".jpg", ".jpeg", ".png")}
     if not names:
         raise ScanNetError(source / "images", "folder", "holds no .jpg or .png image")
-    numbers = np.array([w for w in read_text(source / "intrinsics.txt").replace(",", " ").split() if w[0] != "#"])
-    try:
-        numbers = numbers.astype(float)
-        square = {9: 3, 16: 4}.get(len(numbers))
-        camera = numbers if square is None else numbers.reshape(square, square)[[0, 1, 0, 1], [0, 1, 2, 2]]
-        intrinsic = pinhole(*camera)
-    except (ValueError, TypeError):
-        raise ScanNetError(
-            source / "intrinsics.txt",
-            "text",
-            "is no 3 x 3 or 4 x 4 matrix and no fx fy cx cy",
-            "Write one camera for all images",
-        ) from None
+    path = source / "intrinsics.txt"
+    numbers = np.ravel(_numbers(path, (1, 2, 3, 4, 9, 16)))
+    square = {9: 3, 16: 4}.get(len(numbers))
+    camera = numbers if square is None else numbers.reshape(square, square)[[0, 1, 0, 1], [0, 1, 2, 2]]
+    intrinsic = pinhole(*camera) if len(camera) == 4 else np.zeros((4, 4))
+    if len(camera) != 4 or square and (numbers.reshape(square, square) != intrinsic[:square, :square]).any():
+        problem = "is no 3 x 3 or 4 x 4 camera matrix without skew and no fx fy cx cy"
+        raise ScanNetError(path, "text", problem, "Write one camera for all images")
     deep = (source / "depth").is_dir()
     for name, image in names.items():
         stored = _numbers(source / "poses" / f"{name}.txt", (4, 16)).reshape(-1)
@@ -193,4 +229,4 @@ def read_posed_folder(
         pose = check_rigid(stored.reshape(1, 4, 4), source / "poses" / f"{name}.txt")[0]
         depth = regular_file(source / "depth" / f"{name}.png") if deep else None
         taken.append(PosedImage(image, pose, intrinsic, image_size(image), depth=depth))
-    return PosedRecording(source, taken, 1000.0, 1.0 if deep else None)
+    return check_recording(PosedRecording(source, taken, 1000.0, 1.0 if deep else None))

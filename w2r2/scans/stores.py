@@ -19,7 +19,7 @@ from pathlib import Path
 import fastjsonschema
 import numpy as np
 
-from .files import ScanNetError, atomic_write, naming, parse_json, read_checked, settle
+from .files import ScanNetError, atomic_write, exclusive, naming, parse_json, read_checked, settle
 
 # %% ../../nbs/scans/12_stores.ipynb #70446654
 MANIFEST = "manifest.json"
@@ -205,22 +205,33 @@ def read_scenes(
 
 # %% ../../nbs/scans/12_stores.ipynb #5fcb888f
 @contextmanager
+def _emptied(folder: Path):
+    "Of what a process that was killed left here before, and removed afterwards; but for the lock."
+    for path in folder.iterdir():
+        if path.name != ".lock":
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def write_store(
     folder: str | Path,  # created if missing
     made_from: dict[str, str] = {},  # what it is made from: name -> digest
     manifest: str = MANIFEST,
 ):
     """A folder to write files to, all of which become the store when the block ends without an error; a file of the
-    store before that is not written again is removed. Raises `OSError` for a folder that cannot be written to."""
+    store before that is not written again is removed. Raises `OSError` for a folder that cannot be written to, and
+    `RuntimeError` where another process is writing this store."""
     folder = Path(folder)
     part = folder / f".{manifest}.part"
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
+    part.mkdir(parents=True, exist_ok=True)
+    with exclusive(part), _emptied(part):
         with naming(folder):
             yield part
-        names = sorted(file.name for file in part.iterdir())
+        names = sorted(file.name for file in part.iterdir() if file.name != ".lock")
         seal(part, names, made_from, manifest)
         old = {}
         with suppress(FileNotFoundError, ScanNetError):  # none, or one that nobody can read
@@ -231,8 +242,6 @@ def write_store(
         for name in (*names, manifest):
             os.replace(part / name, folder / name)
         settle([folder])
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def new_array(

@@ -28,6 +28,7 @@ from ..scans.files import atomic_write
 from ..scans.geometry import box_iou
 from ..scans.prepared import Prepared
 from ..scans.scan import Scan
+from ..scans.stores import new_array, open_arrays, read_manifest, read_scenes, sha256_text, write_store
 
 # %% ../../nbs/study/12_detecting.ipynb #a1636f0c
 def cell_objects(
@@ -47,6 +48,7 @@ def cell_objects(
 
 # %% ../../nbs/study/12_detecting.ipynb #a7858a87
 MOST = 64  # objects of a scene that are kept
+_REMEDY = "Make them with `prepare_lesson`"
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,12 @@ class Lesson:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Lesson":
-        "What `prepare_lesson` wrote; raises `FileNotFoundError` if it is not there or not complete."
-        folder = Path(folder)
-        if not (folder / "scenes.json").is_file():
-            raise FileNotFoundError(f"{folder}: no scenes to learn from; make them with `prepare_lesson`")
-        scenes = json.loads((folder / "scenes.json").read_text(encoding="utf-8"))
-        names = ("pixels", "points", "cameras", "f2d", "shown", "boxes", "classes")
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
-        return cls(scenes, **arrays)
+        """What `prepare_lesson` wrote; raises `FileNotFoundError` if it is not there or not complete, `ScanNetError` if
+        it is not as it was written."""
+        content = read_manifest(folder, _REMEDY)
+        names = [name for name, kind in cls.__annotations__.items() if kind is np.ndarray]
+        arrays = open_arrays(folder, names, content, _REMEDY)
+        return cls(read_scenes(folder, content, arrays, _REMEDY), **arrays)
 
     def cells(self, rows) -> Cells:
         "What the detector reads of some scenes."
@@ -114,24 +114,20 @@ def prepare_lesson(
     workers: int = 1,
 ) -> Lesson:
     "Cut the views of a split into cells and look up what they show."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scenes.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
     parts = Parallel(workers, return_as="generator")(
         delayed(_lesson)(root, prepared, row, tower, names) for row in range(len(prepared.scenes))
     )
-    arrays = {}
-    for row, part in enumerate(tqdm(parts, f"cells: {folder.name}", len(prepared.scenes), unit="scene")):
-        for name, array in part.items():
-            if row == 0:
-                arrays[name] = np.lib.format.open_memmap(
-                    folder / f"{name}.npy", "w+", array.dtype, (len(prepared.scenes), *array.shape)
-                )
-            arrays[name][row] = array
-    for array in arrays.values():
-        array.flush()
-    with atomic_write(folder / "scenes.json") as file:
-        file.write(json.dumps(prepared.scenes).encode())
+    arrays, made_from = {}, {"views": prepared.digest, "names": sha256_text(json.dumps(names))}
+    with write_store(folder, made_from) as whole:
+        for row, part in enumerate(tqdm(parts, f"cells: {Path(folder).name}", len(prepared.scenes), unit="scene")):
+            for name, array in part.items():
+                if row == 0:
+                    shape = len(prepared.scenes), *array.shape
+                    arrays[name] = new_array(whole / f"{name}.npy", shape, array.dtype)
+                arrays[name][row] = array
+        for array in arrays.values():
+            array.flush()
+        (whole / "scenes.json").write_text(json.dumps(prepared.scenes), encoding="utf-8")
     return Lesson.open(folder)
 
 # %% ../../nbs/study/12_detecting.ipynb #f0b62531

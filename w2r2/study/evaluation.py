@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RELATIONS', 'sample', 'Truth', 'propose_all', 'read_proposed', 'relation_of', 'parts_of', 'answer_figures',
-           'score_answers', 'summarise', 'slope_summary', 'latent_figures', 'evaluate', 'chance', 'floor_rows']
+           'score_answers', 'summarise', 'slope_summary', 'latent_figures', 'untrained_figures', 'evaluate', 'chance',
+           'floor_rows']
 
 # %% ../../nbs/study/07_evaluation.ipynb #06696c32
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from joblib import Parallel, delayed
 
 from ..metrics import measures
@@ -282,6 +284,23 @@ def latent_figures(
         for measure in short
         for side in ("2D", "3D")
     ]
+
+
+def untrained_figures(
+    backbone: str | Path,  # folder of the model that every run starts from
+    data: str | Path,  # folder of the features of a split
+    noise: float | str,  # geometry, as of a run
+    seed: int,  # of the run
+    scenes: int = 30,  # the first so many
+) -> list[dict]:  # metric, n, value
+    "`latent_figures` of what a run begins with: the backbone with a Phi that nothing has trained."
+    model, _, packer = load(backbone)
+    features, queries = Features.open(data, noise), Queries.open(data)
+    model.config.encoder3d_dim = features.geometry.shape[-1]
+    torch.manual_seed(seed)
+    model.new_phi()
+    first = [scene_of(features, queries, row, []) for row in range(min(scenes, len(features.scenes)))]
+    return latent_figures(model.eval(), first, packer)
 
 
 def evaluate(

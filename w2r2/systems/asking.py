@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import fastjsonschema
 import numpy as np
 
-from ..scans.files import ScanNetError, atomic_write, parse_json, regular_file
+from ..scans.files import ScanNetError, atomic_write, read_checked, regular_file
 from ..scans.scan import Scan
 from .altered_scans import ALTERATIONS, alter_scan
 from .grounder import GROUNDERS
@@ -66,44 +67,52 @@ class RecordedAnswers:
         said = {name: [row if np.isfinite(row).all() else None for row in box] for name, box in self.boxes.items()}
         data = asdict(self) | {"truth": self.truth, "boxes": said}
         with atomic_write(path) as file:
-            file.write(json.dumps(data, default=lambda array: array.tolist()).encode())
+            file.write(json.dumps(data, default=lambda array: array.tolist(), allow_nan=False).encode())
         return Path(path)
+
+
+_NUMBER, _TEXTS = {"type": "number", "minimum": -1e6, "maximum": 1e6}, {"type": "array", "items": {"type": "string"}}
+_BOX = {"type": "array", "minItems": 6, "maxItems": 6, "items": [_NUMBER] * 3 + [_NUMBER | {"minimum": 0}] * 3}
+_ANSWERS = {"type": "array", "items": {"anyOf": [{"type": "null"}, _BOX]}}
+_check_recorded = fastjsonschema.compile(
+    {
+        "type": "object",
+        "required": ["system", "scenes", "objects", "texts", "truth", "boxes"],
+        "properties": {
+            "system": {"type": "string"},
+            "scenes": _TEXTS | {"minItems": 1},
+            "objects": {"type": "array", "items": {"type": ["string", "integer"]}},
+            "texts": _TEXTS,
+            "truth": {"type": "array", "items": _BOX},
+            "boxes": {"type": "object", "required": ["2d+3d"], "additionalProperties": _ANSWERS},
+            "refused": {"type": "object", "additionalProperties": {"type": "string"}},
+        },
+    }
+)
 
 
 def read_recorded(path: str | Path) -> RecordedAnswers:
     "What `RecordedAnswers.write` wrote, or anybody else; raises `ScanNetError` that names the entry at fault."
-    said = parse_json(regular_file(path).read_bytes(), path)
-    names = ("system", "scenes", "objects", "texts", "truth", "boxes")
-    missing = [name for name in names if not isinstance(said, dict) or name not in said]
-    if missing:
-        raise ScanNetError(path, "file", f"has no {', '.join(missing)}", "`w2r2.systems.card` says what is needed")
-    count = len(said["scenes"]) if isinstance(said["scenes"], list) else 0
-    for name in ("scenes", "objects", "texts"):
-        if not count or not isinstance(said[name], list) or len(said[name]) != count:
-            raise ScanNetError(path, name, f"is no list of {count or 'one or more'} entries")
-    if not isinstance(said["boxes"], dict) or "2d+3d" not in said["boxes"]:
-        raise ScanNetError(path, "boxes", 'has no "2d+3d"', "Record at least the answers to the unaltered scans")
-
-    def boxes(rows, where):
-        if not isinstance(rows, list) or len(rows) != count:
-            raise ScanNetError(path, where, f"is no list of {count} boxes")
-        try:
-            array = np.array([[np.nan] * 6 if row is None else row for row in rows], float)
-        except (TypeError, ValueError):
-            array = np.zeros(0)
-        if array.shape != (count, 6) or np.isinf(array).any() or (array[:, 3:] < 0).any():
-            raise ScanNetError(path, where, "has a row that is neither null nor six numbers with sizes of 0 or more")
-        return array
-
+    said = read_checked(regular_file(path), _check_recorded, "`w2r2.systems.card` says what is needed")
+    count = len(said["scenes"])
+    rows = {name: said[name] for name in ("objects", "texts", "truth")}
+    for name, entries in (rows | {f"boxes, {name}": entries for name, entries in said["boxes"].items()}).items():
+        if len(entries) != count:
+            raise ScanNetError(path, name, f"is no list of {count} entries, as many as there are scenes")
     unknown = [n for n in said["boxes"] if n not in ALTERATIONS and n not in ("2d+3d", "reader") and n[:2] != "2d"]
     if unknown:
         raise ScanNetError(path, f"boxes, {unknown[0]}", "is no condition", f"Known: {', '.join(ALTERATIONS)}")
     return RecordedAnswers(
-        str(said["system"]),
-        *([str(entry) for entry in said[name]] for name in ("scenes", "objects", "texts")),
-        boxes(said["truth"], "truth"),
-        {name: boxes(rows, f"boxes, {name}") for name, rows in said["boxes"].items()},
-        {str(name): str(why) for name, why in said.get("refused", {}).items()},
+        said["system"],
+        said["scenes"],
+        [str(entry) for entry in said["objects"]],
+        said["texts"],
+        np.array(said["truth"], float),
+        {
+            name: np.array([[np.nan] * 6 if row is None else row for row in rows], float)
+            for name, rows in said["boxes"].items()
+        },
+        said.get("refused", {}),
     )
 
 

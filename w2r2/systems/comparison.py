@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANSWER_COLUMNS', 'FIGURE_COLUMNS', 'GROUNDS_ONLY', 'Contender', 'Questions', 'ask_for', 'ground_records',
-           'contending_system', 'ask_scene', 'comparison_jobs', 'read_answers', 'grounding_figures', 'word_figures',
+           'contending_system', 'ask_contender', 'comparison_jobs', 'read_answers', 'grounding_figures', 'word_figures',
            'compare_systems']
 
 # %% ../../nbs/systems/30_comparison.ipynb #00000002
@@ -119,7 +119,7 @@ def contending_system(contender: Contender):
     return _made(contender.system, contender.folder, contender.vlm, options)
 
 
-def ask_scene(
+def ask_contender(
     settings: dict,  # "contender": fields of `Contender`; "root", "scene", "descriptions", "objects", "questions"
     folder: Path,  # not used: nothing but the result is kept
     tell,  # is told the number of variants done
@@ -153,7 +153,7 @@ def comparison_jobs(
     folder: str | Path,  # where answers are kept
 ) -> dict[tuple[str, str], Job]:  # name of a contender, scene -> its job
     "The work of a comparison."
-    code, jobs = code_digest("w2r2.systems.comparison:ask_scene"), {}
+    code, jobs = code_digest("w2r2.systems.comparison:ask_contender"), {}
     for contender in contenders:
         made_from = file_digest(contender.folder) if contender.folder else ""
         for scene, records in asked.descriptions.items():
@@ -168,7 +168,9 @@ def comparison_jobs(
             }
             key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
             name = f"{contender.name}, {scene}"
-            jobs[contender.name, scene] = Job(name, "w2r2.systems.comparison:ask_scene", settings, Path(folder, key), 4)
+            jobs[contender.name, scene] = Job(
+                name, "w2r2.systems.comparison:ask_contender", settings, Path(folder, key), 4
+            )
     return jobs
 
 # %% ../../nbs/systems/30_comparison.ipynb #0000000a

@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from ..scans.files import parse_json
+from ..scans.files import ScanNetError, atomic_write, parse_json
 from .vlm import Choice, Option
 
 # %% ../../nbs/systems/02_endpoint.ipynb #00000005
@@ -47,6 +47,14 @@ def json_in(text: str) -> dict | None:
     return content if isinstance(content, dict) else None
 
 # %% ../../nbs/systems/02_endpoint.ipynb #00000007
+def _stored(path: Path) -> str:
+    remedy = "Remove it, and the question is asked again"
+    content = parse_json(path.read_bytes(), path, remedy=remedy)
+    if not isinstance(content, dict) or not isinstance(content.get("said"), str):
+        raise ScanNetError(path, "said", "is no text", remedy)
+    return content["said"]
+
+
 class Chat:
     "A VLM (`w2r2.systems.vlm.VLM`) that is asked in words and answers in JSON; how it is reached is `_send`."
 
@@ -56,10 +64,11 @@ class Chat:
         store: str | Path,  # folder of the answers
         budget: int = 1000,  # requests that this object may send
         tries: int = 3,  # of a question, the corrective turns included
+        longest: int = 1024,  # tokens of an answer
         temperature: float = 0.0,
     ):
         self.name, self.store, self.budget = name, Path(store), budget
-        self.tries, self.temperature = tries, temperature
+        self.tries, self.longest, self.temperature = tries, longest, temperature
 
     def _send(self, messages: list[dict]) -> str:
         "The text that comes back; parts of messages are text, or a picture under `image`. Raises EndpointError."
@@ -75,10 +84,11 @@ class Chat:
         "What `read` makes of the answer (None after the last try), and the requests that it took; 0 out of the store."
         shown = [{"type": "image", "image": picture} for picture in pictures]
         messages = [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
-        asked = json.dumps([self.name, self.temperature, self.tries, messages], default=as_data_url, sort_keys=True)
+        about = [self.name, self.temperature, self.longest, self.tries]
+        asked = json.dumps([about, messages], default=as_data_url, sort_keys=True)
         path = self.store / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
         if path.is_file():
-            return read(parse_json(path.read_bytes(), path)["said"])[0], 0
+            return read(_stored(path))[0], 0
         before = self.budget
         for _ in range(self.tries):
             said = self._send(messages)
@@ -90,9 +100,8 @@ class Chat:
                 {"role": "user", "content": f"That could not be read: {problem}. Answer again with the JSON alone."},
             ]
         self.store.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"said": said}))
-        part.replace(path)
+        with atomic_write(path) as file:
+            file.write(json.dumps({"said": said}).encode())
         return content, before - self.budget
 
     def parse(self, text: str, instruction: str, fields: dict[str, type]) -> dict:
@@ -102,6 +111,9 @@ class Chat:
             content = json_in(said)
             if content is None or any(not isinstance(content.get(name), kind) for name, kind in fields.items()):
                 return None, f"a JSON object with {', '.join(fields)} was expected"
+            listed = [entry for name, kind in fields.items() if kind is list for entry in content[name]]
+            if any(not isinstance(entry, str) for entry in listed):
+                return None, "lists of strings were expected"
             return {name: content[name] for name in fields}, ""
 
         kinds = {str: "a string", list: "a list of strings"}
@@ -155,30 +167,47 @@ class Endpoint(Chat):
         self.url, self.model, self.key = url.rstrip("/"), model, key
         self.patience, self.pause, self.timeout = patience, pause, timeout
 
+    def _receive(self, body: dict, headers: dict) -> tuple[int, bytes]:
+        "Status and content, which is neither endless nor compressed to be; raises EndpointError, httpx.TransportError."
+        address, end, content = f"{self.url}/chat/completions", time.monotonic() + self.timeout, b""
+        plain = headers | {"Accept-Encoding": "identity"}
+        with httpx.stream("POST", address, json=body, headers=plain, timeout=self.timeout) as answer:
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise EndpointError(f"{self.url}: answers compressed, though asked not to; switch that off")
+            for part in answer.iter_raw():
+                content += part
+                if len(content) > 2**22:
+                    raise EndpointError(f"{self.url}: answers with more than {2**22:,} bytes, which no choice needs")
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout(f"not complete after {self.timeout} s")
+            return answer.status_code, content
+
     def _send(self, messages: list[dict]) -> str:
         headers = {"Authorization": f"Bearer {os.environ[self.key]}"} if os.environ.get(self.key) else {}
         told = [message | {"content": _as_sent(message["content"])} for message in messages]
-        body, wait = {"model": self.model, "messages": told, "temperature": self.temperature}, self.pause
+        body = {"model": self.model, "messages": told}
+        body |= {"temperature": self.temperature, "max_tokens": self.longest}
+        wait = self.pause
         for attempt in range(self.patience):
             if attempt:
                 time.sleep(wait)
                 wait *= 2
             self._spend()
             try:
-                answer = httpx.post(f"{self.url}/chat/completions", json=body, headers=headers, timeout=self.timeout)
+                status, content = self._receive(body, headers)
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}; start the server, or raise `timeout` or `patience`"
                 continue
-            if answer.status_code == 429 or answer.status_code >= 500:
-                problem = f"status {answer.status_code}; ask less often, or raise `pause` or `patience`"
+            if status == 429 or status >= 500:
+                problem = f"status {status}; ask less often, or raise `pause` or `patience`"
                 continue
-            if answer.status_code != 200:
+            if status != 200:
                 raise EndpointError(
-                    f"{self.url}: refused with status {answer.status_code}; check the address, the model's name "
+                    f"{self.url}: refused with status {status}; check the address, the model's name "
                     f"{self.model!r} and the key in the environment variable {self.key}"
                 )
             try:
-                text = answer.json()["choices"][0]["message"]["content"]
+                text = parse_json(content, self.url)["choices"][0]["message"]["content"]
             except (ValueError, LookupError, TypeError):
                 raise EndpointError(f"{self.url}: answers, but not as an OpenAI-compatible server does") from None
             return text if isinstance(text, str) else ""  # a refusal has no content

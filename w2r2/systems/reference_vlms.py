@@ -87,7 +87,7 @@ class RandomVLM:
 
 # %% ../../nbs/systems/13_reference_vlms.ipynb #00000008
 def vlm_named(
-    name: str,  # a key of `LOCAL_VLMS`, else the folder or hub name of a model of transformers; on a server its name there
+    name: str,  # its name on the server; without one a key of `LOCAL_VLMS`, or a model of transformers (folder, hub)
     url: str | None = None,  # of an OpenAI-compatible server, as far as `/v1`
     store: str | Path = "vlm_answers",  # folder of the answers of a server or a model of transformers
 ) -> VLM:

@@ -40,7 +40,7 @@ class SeeGround:
         proposals: str = "detector",  # see `w2r2.systems.detectors.scan_proposals`
         detector=None,  # of the 2D variant; None: `RoomsDetector`
         side: int = 680,  # of the rendering [pixels]
-        lift: float = 1.5,  # of the eye above the middle of the scan's points [m]
+        lift: float = 1.5,  # of the viewpoint above the middle of the scan's points [m]
         skip: int = 1,  # see `w2r2.systems.projection.read_shots`
     ):
         self.vlm, self.proposals, self.detector = vlm, proposals, detector or RoomsDetector()

@@ -9,7 +9,7 @@ __all__ = ['record_path', 'benchmark_file', 'write_records']
 import json
 from pathlib import Path
 
-from ..scans.files import atomic_write
+from ..scans.files import ScanNetError, atomic_write
 from .messages import FORMATS, build_records
 from .samples import Task, captioned_objects, read_scanqa, read_scanrefer
 
@@ -45,6 +45,8 @@ def write_records(
 ) -> list[dict]:  # of each file: form, task, part, records, scenes, and how many were left out for which reason
     """Write the records of a release; further arguments as for `w2r2.tasks.messages.build_records`. Scenes that the
     release does not have are left out. Raises `ScanNetError` for files that cannot be read."""
+    if not Path(root, "scans").is_dir():
+        raise ScanNetError(root, "scans", "there is no such folder", "Name the folder of a ScanNet release")
     there, made = {path.name for path in Path(root, "scans").iterdir() if path.is_dir()}, []
     for part, split in splits.items():
         for task in tasks:
