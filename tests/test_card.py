@@ -122,7 +122,7 @@ def test_command_with_a_class_of_the_present_folder(tmp_path, monkeypatch, capsy
     assert "MODULE:CLASS" in capsys.readouterr().err
     (tmp_path / "cut.json").write_text("{}")
     assert main(["diagnose", "again", "--answers", "cut.json"]) == 2
-    assert "has no system" in capsys.readouterr().err
+    assert "cut.json: file: it must contain" in capsys.readouterr().err
 
 
 def test_whole_objects_are_drawn_from_every_scene():

@@ -67,7 +67,7 @@ def test_every_set_can_be_planned(file):
     params, known = (
         PARAMS[file],
         {field.name for field in fields(W2R2Config)}
-        | {"steps", "times", "per_task", "fusion", "zero", "volume", "privileged"},
+        | {"steps", "times", "per_task", "fusion", "zero", "volume", "privileged", "picker"},
     )
     for name in params["train"]["sets"]:
         runs = plan(params | {"train": params["train"] | {"set": name}})
