@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 import training
+from tqdm import tqdm
 
 from w2r2.method.trainer import last_checkpoint
 from w2r2.model.checkpoint import load, save
@@ -143,6 +144,7 @@ class Hook:
 
 def child(folder: Path, kind: str, at: int, seed: int, said):
     "The flow with a fault; tells how many writes there were, or the error."
+    tqdm.set_lock(threading.RLock())  # the usual one is shared: the next process would wait for one that was killed
     hook = Hook(folder, kind, at, seed)
     if kind == "room":
         resource.setrlimit(resource.RLIMIT_FSIZE, (at, resource.RLIM_INFINITY))
