@@ -127,11 +127,10 @@ class Packer:
         return batch
 
     def slots(self, tokens: torch.Tensor) -> torch.Tensor:
-        "Which part of a box each token is: 0 a view, 1 to 6 a coordinate, -1 a word, -2 what ends an answer."
+        "Which part of a box each token is: 0 a view, 1 to 6 a coordinate, -1 anything else."
         number = tokens - self.first_bin
         slot = torch.where(number < self.bins.views, 0, (number - self.bins.views) // self.bins.count + 1)
-        other = torch.where(torch.isin(tokens, torch.tensor(self.closing, device=tokens.device)), -2, -1)
-        return torch.where((number >= 0) & (number < self.bins.views + 6 * self.bins.count), slot, other)
+        return torch.where((number >= 0) & (number < self.bins.views + 6 * self.bins.count), slot, -1)
 
     def _sequence(self, scene):
         "Ids, segments, labels, picks (T,) and positions (3, T) of one scene."

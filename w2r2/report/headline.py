@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..metrics.statistics import Difference
 from .claims import EQUAL, EQUIVALENCE, GAIN, LOSS, NO_GAIN, OPEN, hinge_gradient, judged, read_paper
 from .figures import styled
 from .results import cells, contrast, noisiest, read_results, select
 from .tables import at_defaults
 from ..scans.files import ScanNetError
 from ..scans.tables import read_table
-from ..study.push_trial import paired_by_seed, read_trial_table
+from ..study.push_trial import read_trial_table
 
 # %% ../../nbs/report/19_headline.ipynb #00000005
 SETTINGS = {
@@ -66,8 +67,7 @@ def headline(
     reports: str | Path,  # folder of the committed reports: results.csv, trial/, tables/differences.csv
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Two tables in percent, one row for each setting, arm and pass ("fused", "2d"): accuracies at IoU 0.25 on test
-    (value, low, high), and differences from plain fine-tuning in points (the same columns, and `word`, from
-    `w2r2.report.claims.judged`)."""
+    (value, low, high), and differences from plain fine-tuning in points (the same columns)."""
     reports = Path(reports)
     said = at_defaults(read_results(reports / "results.csv"), read_paper()["defaults"])
     said = select(
@@ -103,9 +103,7 @@ def headline(
         for table, rows in ((accuracies, figures), (differences, changes)):
             rows = rows.assign(setting=setting, role=[ROLES.get(arm, "best") for arm in rows.arm])
             table.append(rows[["setting", "role", "arm", "pass", "value", "low", "high"]])
-    accuracies, differences = pd.concat(accuracies, ignore_index=True), pd.concat(differences, ignore_index=True)
-    words = [judged(row.low / 100, row.high / 100) for row in differences.itertuples()]
-    return accuracies, differences.assign(word=words)
+    return pd.concat(accuracies, ignore_index=True), pd.concat(differences, ignore_index=True)
 
 # %% ../../nbs/report/19_headline.ipynb #0000000a
 @styled
@@ -175,6 +173,10 @@ def _tally(rows: pd.DataFrame) -> str:
     return " and ".join([", ".join(first), last] if first else [last])
 
 # %% ../../nbs/report/19_headline.ipynb #db74cdde
+def _in_points(d: Difference) -> pd.Series:
+    return 100 * pd.Series({name: getattr(d, name) for name in ("value", "low", "high")})
+
+
 def headline_comparisons(
     reports: str | Path,  # folder of the committed reports
 ) -> dict[str, pd.DataFrame | pd.Series | float]:
@@ -202,17 +204,20 @@ def headline_comparisons(
     strong = select(_trial(reports, "differences", ("ours",)), arm="strong intervention", kind="all", split="test")
     figures = ["value", "low", "high"]
     picks = select(_trial(reports, "results", ("ours",)), split="test", **{"pass": "fused"})
-    control = paired_by_seed(picks, (("strong intervention", "strong disturbance"),))
+    picks = select(picks, metric="Acc@0.25")
+    control = contrast(picks, {"arm": "strong intervention"}, {"arm": "strong disturbance"})
+    if control is None:
+        raise ScanNetError(reports, "rows", "there is none of strong disturbance", "Make the reports again")
     return {
         "fused": w2r2[w2r2["pass"] == "fused"],
         "2d": w2r2[w2r2["pass"] == "2d"],
         "best": best[best["pass"] == "fused"],
-        "longer": 100 * pd.Series({name: getattr(longer, name) for name in figures}),
+        "longer": _in_points(longer),
         "times": steps["plain long"] / steps["plain"],
         "shifted": _first(select(compared, where="shifted"), reports, "intervention long, shifted"),
         "same": _first(select(compared, where="test"), reports, "intervention long, test"),
         "strong": 100 * _first(select(strong, **{"pass": "fused"}), reports, "strong intervention")[figures],
-        "control": 100 * _first(control, reports, "strong disturbance")[figures],
+        "control": _in_points(control),
         "seeds": results[results.arm.isin(accuracies.arm)].groupby(["arm", "noise"]).seed.nunique(),
     }
 

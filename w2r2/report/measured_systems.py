@@ -17,7 +17,7 @@ from ..metrics.statistics import paired_difference
 from .claims import PENDING, SAID, STATUS_OF, Finding, judged
 from .grids import SHOWN
 from .results import in_points, select
-from ..scans.files import ScanNetError, regular_file
+from ..scans.tables import read_table
 
 # %% ../../nbs/report/09_measured_systems.ipynb #00000003
 FUSED_INPUTS = "2d+3d"
@@ -44,11 +44,9 @@ def read_systems(
         "figures": ["row", "about", "vlm", "inputs", "task", "metric", "protocol", "n", "value", "low", "high", "why"],
     }
     for name, columns in needed.items():
-        path = folder / f"{name}.csv"
-        table = pd.read_csv(regular_file(path), dtype={"vlm": object, "why": object})
-        if missing := [column for column in columns if column not in table]:
-            raise ScanNetError(path, "header", f"lacks {', '.join(missing)}", "Write it again with `make systems`")
-        tables[name] = table.fillna({"vlm": "", "why": ""})
+        words = ["row", "system", "about", "vlm", "inputs", "scene", "task", "metric", "protocol", "why"]
+        path, remedy = folder / f"{name}.csv", "Write it again with `make systems`"
+        tables[name] = read_table(path, words, ["object", "ann_id"], columns, remedy)
     return Systems(**tables)
 
 # %% ../../nbs/report/09_measured_systems.ipynb #00000005

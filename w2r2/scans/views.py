@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['uniform_views', 'voxel_bits', 'coverage_views', 'choose_frames', 'visible_pixels', 'projected_areas', 'best_views',
-           'object_views']
+           'fullest_views', 'object_views']
 
 # %% ../../nbs/scans/08_views.ipynb #b668dbe6
 import numpy as np
@@ -130,6 +130,15 @@ def best_views(
     if not len(scores):
         return np.full(scores.shape[1], -1)
     return np.where(scores.max(0) > 0, scores.argmax(0), -1)
+
+
+def fullest_views(
+    boxes: np.ndarray,  # (B, 6) in the aligned frame [m]
+    views: dict[str, np.ndarray],  # of `w2r2.scans.prepared.prepare_scan`
+) -> np.ndarray:  # (B,)
+    "The view that each box fills most, -1 for a box that no view shows."
+    size = views["color"].shape[2:0:-1]
+    return best_views(projected_areas(np.asarray(boxes), views["poses"], views["intrinsic_color"], size))
 
 # %% ../../nbs/scans/08_views.ipynb #0cca0f1e
 def object_views(

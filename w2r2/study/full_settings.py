@@ -12,9 +12,8 @@ from pathlib import Path
 import fastjsonschema
 import yaml
 
-from ..method.conversation_trainer import HOST_READINGS
 from ..metrics import PROTOCOLS
-from ..model.host_fusion import HOST_FUSIONS
+from ..model.host_fusion import HOST_FUSIONS, HOST_READINGS
 from ..scans.files import ScanNetError, check_weight, regular_file
 from ..tasks.messages import FORMATS
 from ..tasks.samples import Task

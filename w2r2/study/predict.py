@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['allowed', 'likely_token', 'decode', 'read_boxes', 'Predictions', 'answer', 'seen_views', 'look', 'read_words',
-           'ground', 'ask', 'describe']
+           'respond', 'ground', 'ask', 'describe']
 
 # %% ../../nbs/study/00_predict.ipynb #bf0d8120
 import warnings
@@ -24,7 +24,7 @@ from ..model.scenes import Collator
 from ..model.vgllm import VGLLM
 from ..scans.prepared import prepare_scan
 from ..scans.scan import Scan
-from ..scans.views import best_views, projected_areas
+from ..scans.views import fullest_views
 from .host_answers import aligned_box, ask_host, said_box
 from ..tasks.proposals import propose_views, refine
 from ..tasks.samples import Task
@@ -243,12 +243,12 @@ def read_words(
     return told["input_ids"]
 
 # %% ../../nbs/study/00_predict.ipynb #bf638883
-def _respond(
+def respond(
     model: FusedVLM,
     scene: dict,
     queries: list[dict],
     blind: str | None,
-    packer: Packer | None,
+    packer: Packer | None,  # this and the next: those in the folder of the model, where not given
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Predictions:
     "Answers to queries (`task`, and `text` or `view` and `box`) about a scene from `look`."
@@ -283,7 +283,7 @@ def ground(
     else:
         scene, views = look(model, scan, **options)
         queries = [{"task": Task.scanrefer, "text": text} for text in texts]
-        boxes = _respond(model, scene, queries, blind, packer, tokenizer).boxes
+        boxes = respond(model, scene, queries, blind, packer, tokenizer).boxes
     return refine(boxes, propose_views(views)) if refined else boxes
 
 
@@ -300,7 +300,7 @@ def ask(
     if isinstance(model, VGLLM):
         return ask_host(model, scan, Task.scanqa, questions, blind, tokenizer, **options)[0]
     scene, _ = look(model, scan, **options)
-    return _respond(
+    return respond(
         model, scene, [{"task": Task.scanqa, "text": text} for text in questions], blind, packer, tokenizer
     ).texts
 
@@ -319,9 +319,7 @@ def describe(
     shows."""
     views = seen_views(model, scan)
     if named is None:
-        named = best_views(
-            projected_areas(np.asarray(boxes), views["poses"], views["intrinsic_color"], views["color"].shape[2:0:-1])
-        )
+        named = fullest_views(boxes, views)
     hidden = [number for number, view in enumerate(named) if view < 0]
     if hidden:
         raise ValueError(
@@ -331,7 +329,7 @@ def describe(
     if isinstance(model, VGLLM):
         return ask_host(model, scan, Task.scan2cap, list(boxes), blind, tokenizer, **options)[0]
     scene, _ = look(model, scan, **options)
-    return _respond(
+    return respond(
         model,
         scene,
         [

@@ -8,8 +8,6 @@ __all__ = ['described_boxes', 'answer_release', 'write_release_answers']
 # %% ../../nbs/study/47_release_answers.ipynb #00000002
 import json
 from collections.abc import Callable
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +17,13 @@ from ..model.checkpoint import load
 from ..scans.annotations import LabelTable
 from ..scans.files import ScanNetError, atomic_write
 from ..scans.scan import Scan
-from ..scans.views import best_views, projected_areas
+from ..scans.views import fullest_views
 from .predict import ask, describe, ground, seen_views
 from ..tasks.record_files import benchmark_file
-from ..tasks.samples import Task, captioned_objects, read_scanqa, read_scanrefer, record_id
+from ..tasks.samples import Task, captioned_objects, read_scanqa, read_scanrefer, record_id, rows_by_scene
 
 # %% ../../nbs/study/47_release_answers.ipynb #00000005
 _KEYS = "scene_id", "object_id", "ann_id"
-
-
-def _by_scene(rows: list[dict]) -> dict[str, list[dict]]:
-    scene = itemgetter("scene_id")
-    return {name: list(group) for name, group in groupby(sorted(rows, key=scene), scene)}
 
 
 def described_boxes(
@@ -44,7 +37,7 @@ def described_boxes(
     flags = unique_multiple(rows, LabelTable.read(root / "scannetv2-labels.combined.tsv").nyu40id)
     labelled = [row | flag for row, flag in zip(rows, flags)]
     truth = []
-    for scene, described in _by_scene(labelled).items():
+    for scene, described in rows_by_scene(labelled).items():
         with Scan(root, scene) as scan:
             boxes = dict(zip(scan.object_ids.tolist(), scan.boxes.round(4).tolist()))
         for row in described:
@@ -65,8 +58,8 @@ def answer_release(
     """A box for every description, a caption for every described object in its true box, an answer to every question.
     Objects that no view shows get no caption. Raises `ScanNetError` as the readers of the release."""
     vlm, tokenizer, packer = load(model)
-    rows = _by_scene(read_scanrefer(benchmark_file(root, "scanrefer", split))[0])
-    questions = _by_scene(read_scanqa(benchmark_file(root, "scanqa", split))[0])
+    rows = rows_by_scene(read_scanrefer(benchmark_file(root, "scanrefer", split))[0])
+    questions = rows_by_scene(read_scanqa(benchmark_file(root, "scanqa", split))[0])
     options = dict(packer=packer, tokenizer=tokenizer, blind=blind)
     said = {"scanrefer": [], "scan2cap": {}, "scanqa": []}
     scenes = sorted({*rows, *questions})
@@ -82,8 +75,7 @@ def answer_release(
                 where, views = dict(zip(scan.object_ids.tolist(), scan.boxes)), seen_views(vlm, scan)
                 objects = captioned_objects(described)
                 boxes = np.array([where[int(item["object_id"])] for item in objects])
-                areas = projected_areas(boxes, views["poses"], views["intrinsic_color"], views["color"].shape[2:0:-1])
-                named = best_views(areas)
+                named = fullest_views(boxes, views)
                 keys = [record_id(Task.scan2cap, item) for item in objects]
                 seen = np.flatnonzero(named >= 0)
                 texts = describe(vlm, scan, boxes[seen], named[seen], **options)

@@ -34,8 +34,7 @@ def _proposals(source: str, root: Path, prepared: Prepared, row: int) -> Proposa
     if source == "true":
         with Scan(root, prepared.scenes[row]) as scan:
             return true_proposals(scan)
-    boxes = propose_views(prepared.views(row))
-    return Proposals(boxes, [""] * len(boxes), np.ones(len(boxes)))
+    return Proposals.unnamed(propose_views(prepared.views(row)))
 
 
 def gather_candidates(

@@ -30,6 +30,7 @@ from ..study.experiments import file_digest
 from ..study.jobs import Job, execute
 from .asking import choose_queries, known_systems, system_named
 from .grounder import FUSED, Grounding
+from ..tasks.record_files import benchmark_file
 from ..tasks.samples import captioned_objects, read_scanqa, read_scanrefer
 
 # %% ../../nbs/systems/30_comparison.ipynb #00000004
@@ -68,9 +69,8 @@ def ask_for(
     seed: int = 0,
 ) -> Questions:
     "Draws what is asked; raises `ScanNetError` for a release that cannot be read."
-    root = Path(root)
-    described, _ = read_scanrefer(root / "scanrefer" / f"ScanRefer_filtered_{split}.json")
-    asked, _ = read_scanqa(root / "scanqa" / f"ScanQA_v1.0_{split}.json")
+    described, _ = read_scanrefer(benchmark_file(root, "scanrefer", split))
+    asked, _ = read_scanqa(benchmark_file(root, "scanqa", split))
     chosen, rng = choose_queries(described, queries, scenes, seed), np.random.default_rng(seed)
     names = sorted({record["scene_id"] for record in chosen})
     objects, questions = {}, {}
@@ -234,7 +234,7 @@ def word_figures(
     split: str,
 ) -> pd.DataFrame:  # FIGURE_COLUMNS; a row without a value for what a system cannot do, with the reason
     "Captions of true boxes and answers to questions."
-    described, _ = read_scanrefer(Path(root) / "scanrefer" / f"ScanRefer_filtered_{split}.json")
+    described, _ = read_scanrefer(benchmark_file(root, "scan2cap", split))
     items = {(item["scene_id"], int(item["object_id"])): item["annotations"] for item in captioned_objects(described)}
     wanted = {"BLEU-4": ("scan2cap", "BLEU-4@0.5"), "CIDEr": ("scan2cap", "CIDEr@0.5"), "EM": ("scanqa", "EM@1")}
     rows = []

@@ -82,8 +82,7 @@ def scan_proposals(
     if source == "true":
         return true_proposals(scan)
     if source == "depth":
-        boxes = propose_views(prepare_scan(scan.root, scan.scene_id, views, (112, 84), (80, 60)))
-        return Proposals(boxes, [""] * len(boxes), np.ones(len(boxes)))
+        return Proposals.unnamed(propose_views(prepare_scan(scan.root, scan.scene_id, views, (112, 84), (80, 60))))
     return read_split_proposals(Path(source))[scan.scene_id]
 
 

@@ -20,7 +20,7 @@ from ..model.scenes import Shown
 from ..scans.cameras import project
 from ..scans.geometry import box_corners
 from ..scans.scan import Scan
-from ..scans.views import best_views, choose_frames, projected_areas
+from ..scans.views import choose_frames, fullest_views
 from ..shipped import DATA
 from ..study import predict
 from ..study.host_answers import aligned_box, ask_host, said_box
@@ -51,8 +51,7 @@ def scan_candidates(
     elif source == "detector":
         found = detect_views(_shipped_detector(), tower, views, segments=True)
     else:
-        boxes = propose_views(views)
-        found = Proposals(boxes, [""] * len(boxes), np.ones(len(boxes)))
+        found = Proposals.unnamed(propose_views(views))
     return Candidates.collect([scan.scene_id], lambda _: found, PLACES[source])
 
 # %% ../../nbs/systems/04_fused_systems.ipynb #00000006
@@ -91,7 +90,7 @@ class FusedSystem:
             boxes = np.array([aligned_box(said_box(text, record)) for text, record in zip(said, records)])
             frames = np.full(len(boxes), -1)
         else:
-            found = self._respond(scan, self._asked(texts), blind)
+            found = self._respond(scan, _asked(texts), blind)
             said, boxes, frames = found.texts, found.boxes, found.views
         return self._groundings(scan, views, seen, texts, said, boxes, frames, self.refined)
 
@@ -113,10 +112,7 @@ class FusedSystem:
         blind = self.blind(inputs)
         if self.host:
             return predict.ask(self.model, scan, questions, blind, None, self.tokenizer)
-        return self._respond(scan, self._asked(questions, Task.scanqa), blind).texts
-
-    def _asked(self, texts: Sequence[str], task: Task = Task.scanrefer) -> list[dict]:
-        return [{"task": task, "prompt": predict.read_words(self.tokenizer, text)} for text in texts]
+        return self._respond(scan, _asked(questions, Task.scanqa), blind).texts
 
     def _given(self, inputs: str) -> str:
         "What the model sees, in words."
@@ -127,10 +123,7 @@ class FusedSystem:
         return shown + (f"; candidates: {self.candidates}" if self.picks else "")
 
     def _respond(self, scan: Scan, queries: list[dict], blind: str | None) -> predict.Predictions:
-        blank = {"answer": None, "view": -1, "box": torch.full((6,), torch.nan), "prompt": []}
-        asked = [blank | query | {"number": number} for number, query in enumerate(queries)]
-        scene = _seen_scene(scan, self) | {"queries": asked}
-        return predict.answer(self.model, [scene], self.packer, self.tokenizer, blind)
+        return predict.respond(self.model, _seen_scene(scan, self), queries, blind, self.packer, self.tokenizer)
 
     def _groundings(self, scan, views, seen: Step, texts, said, boxes, named, refined) -> list[Grounding]:
         "Boxes with the way to them."
@@ -150,6 +143,10 @@ class FusedSystem:
         return found
 
 
+def _asked(texts: Sequence[str], task: Task = Task.scanrefer) -> list[dict]:
+    return [{"task": task, "text": text} for text in texts]
+
+
 @per_scan
 def _seen_scene(scan: Scan, system: FusedSystem) -> dict:
     scene, views = predict.look(system.model, scan, noise=system.noise)
@@ -161,10 +158,8 @@ def _seen_scene(scan: Scan, system: FusedSystem) -> dict:
 
 def _best(boxes: np.ndarray, views: dict[str, np.ndarray]) -> np.ndarray:
     "The view that each box (n, 6) fills most, -1: none."
-    size = views["color"].shape[2:0:-1]
-    known = np.nan_to_num(np.asarray(boxes, float).reshape(-1, 6))
-    named = best_views(np.nan_to_num(projected_areas(known, views["poses"], views["intrinsic_color"], size)))
-    return np.where(np.isfinite(np.reshape(boxes, (-1, 6))).all(1), named, -1)
+    boxes = np.asarray(boxes, float).reshape(-1, 6)
+    return np.where(np.isfinite(boxes).all(1), fullest_views(np.nan_to_num(boxes), views), -1)
 
 
 def _framed(views: dict[str, np.ndarray], view: int, box: np.ndarray) -> np.ndarray:

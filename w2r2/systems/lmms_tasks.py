@@ -8,8 +8,6 @@ __all__ = ['LMMS_FIGURES', 'show_frames', 'ask_doc', 'judge_doc', 'score_docs', 
 # %% ../../nbs/systems/31_lmms_eval.ipynb #00000002
 import json
 from collections.abc import Callable
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +25,7 @@ from ..scans.views import choose_frames
 from ..tasks.answers import NineNumbers
 from ..tasks.messages import build_records
 from ..tasks.record_files import benchmark_file
-from ..tasks.samples import TASKS, Task, captioned_objects, read_scanqa, read_scanrefer, record_id
+from ..tasks.samples import TASKS, Task, captioned_objects, read_scanqa, read_scanrefer, record_id, rows_by_scene
 
 # %% ../../nbs/systems/31_lmms_eval.ipynb #00000005
 LMMS_FIGURES = {  # task -> name in lmms-eval -> protocol and figure of `w2r2.metrics`
@@ -98,16 +96,13 @@ def lmms_docs(
     rows = {}
     for task in tasks:
         read = read_scanqa if task == "scanqa" else read_scanrefer
-        rows[task] = sorted(read(benchmark_file(root, task, split), there)[0], key=itemgetter("scene_id"))
+        rows[task] = read(benchmark_file(root, task, split), there)[0]
     flags = {}
     if "scanrefer" in rows:
         found = unique_multiple(rows["scanrefer"], LabelTable.read(Path(root, "scannetv2-labels.combined.tsv")).nyu40id)
         flags = {record_id(Task.scanrefer, row): flag for row, flag in zip(rows["scanrefer"], found)}
-    scenes = sorted({row["scene_id"] for several in rows.values() for row in several})
-    by_scene = {
-        task: {name: list(group) for name, group in groupby(several, itemgetter("scene_id"))}
-        for task, several in rows.items()
-    }
+    by_scene = {task: rows_by_scene(several) for task, several in rows.items()}
+    scenes = sorted({scene for several in by_scene.values() for scene in several})
     for done, scene in enumerate(scenes, 1):
         with Scan(root, scene) as scan:
             chosen = choose_frames(scan, frames)

@@ -20,7 +20,7 @@ from ..scans.scan import Scan
 from ..scans.views import choose_frames
 from ..study import predict
 from ..study.host_answers import answer_records
-from .fused_systems import FusedSystem
+from .fused_systems import FusedSystem, _asked
 from .grounder import FUSED, GROUNDERS, Grounding, Step
 from ..tasks.messages import vgllm_record
 from ..tasks.samples import Sample, Task
@@ -114,7 +114,7 @@ class Spar(FusedSystem):
             said, boxes = self._ask_host(scan, texts)
             named = np.full(len(boxes), -1)
         else:
-            found = self._respond(scan, self._asked(texts), blind)
+            found = self._respond(scan, _asked(texts), blind)
             said, boxes, named = found.texts, found.boxes, found.views
         return self._groundings(scan, views, seen, texts, said, boxes, named, inputs == FUSED)
 

@@ -28,7 +28,7 @@ STRUCTURE = "floor", "wall", "ceiling", "ground", "fence"  # annotated, but no d
 def true_proposals(scan: Scan) -> Proposals:
     "The annotated boxes of a scan without those of floors and walls, and without saying their classes."
     boxes = scan.boxes[[label not in STRUCTURE for label in scan.labels]]
-    return Proposals(boxes, [""] * len(boxes), np.ones(len(boxes)))
+    return Proposals.unnamed(boxes)
 
 # %% ../../nbs/tasks/03_candidates.ipynb #01f4a606
 _REMEDY = "Collect them with `w2r2.study.watch.gather_candidates`"

@@ -44,6 +44,11 @@ class Proposals:
     labels: list[str]  # class names
     scores: np.ndarray  # (P,) confidences; 1 where the file has none
 
+    @classmethod
+    def unnamed(cls, boxes: np.ndarray) -> "Proposals":
+        "Boxes without class, all equally sure."
+        return cls(boxes, [""] * len(boxes), np.ones(len(boxes)))
+
 
 MAX_PROPOSALS = 10_000  # of a scene; detectors give a few hundred
 _CONVERT = (

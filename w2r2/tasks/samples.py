@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'SCANREFER', 'SCANQA_TEST', 'SCANQA', 'SUBSETS', 'DATASETS', 'Task', 'record_id', 'read_records', 'Report',
-           'select_records', 'read_scanrefer', 'captioned_objects', 'read_scanqa', 'text_digest', 'published_subset',
-           'Sample', 'sample_of', 'read_samples']
+           'select_records', 'read_scanrefer', 'rows_by_scene', 'captioned_objects', 'read_scanqa', 'text_digest',
+           'published_subset', 'Sample', 'sample_of', 'read_samples']
 
 # %% ../../nbs/tasks/01_samples.ipynb #2810b65a
 import hashlib
@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import fastjsonschema
@@ -169,6 +171,14 @@ def read_scanrefer(
     return select_records(path, read_records(path, SCANREFER), scenes, lambda record: record_id(Task.scanrefer, record))
 
 # %% ../../nbs/tasks/01_samples.ipynb #99a81084
+def rows_by_scene(
+    rows: list[dict],  # records of a benchmark
+) -> dict[str, list[dict]]:  # scene -> its records in their order
+    "The records of each scene, scenes by name."
+    scene = itemgetter("scene_id")
+    return {name: list(group) for name, group in groupby(sorted(rows, key=scene), scene)}
+
+
 def captioned_objects(
     annotations: list[dict],  # ScanRefer's descriptions
 ) -> list[
