@@ -21,7 +21,6 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 
 from .model.checkpoint import load
-from .scans.files import unique_keys
 from .scans.page import DrawnBox, scene_page
 from .scans.scan import Scan
 from .shipped import DATA
@@ -214,12 +213,18 @@ class _Start(_Local):
         self.finish(_PAGE.replace("LONGEST", str(LONGEST_TEXT)).replace("NONCE", nonce).replace("DATA", data))
 
 
+def _once(pairs: list[tuple]) -> dict:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
 class _Ask(_Local):
     async def post(self):
         try:
             if self.request.headers.get("Content-Type", "").split(";")[0] != "application/json":
                 raise ValueError("send JSON: {scene, text}")
-            asked = json.loads(self.request.body, object_pairs_hook=unique_keys)
+            asked = json.loads(self.request.body, object_pairs_hook=_once)
             if not isinstance(asked, dict):
                 raise ValueError("send JSON: {scene, text}")
             loop = asyncio.get_running_loop()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCENE_ID', 'MAX_SIDE', 'MAX_PIXELS', 'MAX_SCANS', 'MAX_NOTES', 'MAX_EXPANSION', 'ScanNetError', 'regular_file',
-           'check_weight', 'unique_keys', 'parse_json', 'read_checked', 'plain_numbers', 'check_once', 'settle',
-           'naming', 'atomic_write', 'exclusive', 'inside', 'scene_folder', 'open_image', 'decode_image']
+           'check_weight', 'parse_json', 'read_checked', 'plain_numbers', 'check_once', 'settle', 'naming',
+           'atomic_write', 'exclusive', 'inside', 'scene_folder', 'open_image', 'decode_image']
 
 # %% ../../nbs/scans/02_files.ipynb #22546d2d
 import contextlib
@@ -71,15 +71,6 @@ def check_weight(
         raise ScanNetError(file, where, f"{len(content):,} bytes would become {weight:,}, of signs alone", remedy)
 
 
-def unique_keys(pairs: list[tuple]) -> dict:
-    "An object of JSON, as `json.loads` takes a hook for it; raises ValueError for a key that is there twice."
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"key {name[:40]!r} is there twice")
-    return found
-
-
 def parse_json(
     content: bytes,  # of a file, or a part of it
     file: str | Path,  # named in errors
@@ -89,6 +80,13 @@ def parse_json(
     "Strict JSON in UTF-8; raises `ScanNetError`, also as `check_weight`."
     check_weight(content, file, where, remedy)
 
+    def once(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise ValueError(f"key {name[:40]!r} is there twice")
+        return found
+
     def number(text):
         value = float(text)
         if not math.isfinite(value):
@@ -97,7 +95,7 @@ def parse_json(
 
     try:
         text = content.decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=unique_keys, parse_float=number, parse_constant=number)
+        value = json.loads(text, object_pairs_hook=once, parse_float=number, parse_constant=number)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # lone surrogates
     except (ValueError, RecursionError) as error:
