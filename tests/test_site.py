@@ -8,7 +8,11 @@ from itertools import product
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pandas as pd
 import pytest
+
+from w2r2.report.results import contrast, in_points
+from w2r2.study.push_trial import read_trial
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "_docs" / "html"
@@ -102,6 +106,22 @@ def test_readme_says_what_the_committed_results_say():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [sentence for sentence in headline_text(ROOT / "reports") if sentence not in readme] == [], "make readme"
     assert readme.index("reports/figures/headline.svg") < readme.index("**Asked:**") < readme.index("make repro")
+
+
+def test_numbers_of_the_readme_are_those_of_committed_tables():
+    """Below the sentences that are made, numbers are typed: each with an interval has to be in a committed table."""
+    trial, known = read_trial(ROOT / "reports/trial", ("push", "report", "found", "ours")), set()
+    for row in pd.concat([trial["figures"], trial["differences"]]).itertuples():
+        known.add(in_points(row))
+    ours = trial["results"][(trial["results"]["set"] == "ours") & (trial["results"]["metric"] == "Acc@0.25")]
+    for _, part in ours[ours["pass"] == "fused"].groupby("split"):
+        known.add(in_points(contrast(part, {"arm": "strong intervention"}, {"arm": "strong disturbance"})))
+    known |= {text.lstrip("+") for text in known}
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("## More of the result")[2].partition("\n## ")[0]
+    )
+    typed = re.findall(r"[-+]?[0-9.]+ \[-?[0-9.]+, -?[0-9.]+\]", section)
+    assert len(typed) > 8 and [text for text in typed if text not in known] == []
 
 
 @built
