@@ -108,6 +108,7 @@ def by_loops(batch, fused, short, mu, sigma, weight):
             box = BINS.expect(view, q.softmax(-1), poses)
             best = BINS.decode(torch.cat([view[None], q.argmax(-1) + BINS.views + BINS.count * torch.arange(6)]), poses)
             return box_iou_soft(box, truth), box_iou(best.float(), truth), q.log_softmax(-1).amax(-1).mean(), box
+        tokens = tokens[:-1]  # without the end of the answer
         logp = torch.stack([z[row].log_softmax(-1)[label] for row, label in tokens])
         right = [float(z[row].argmax() == label) for row, label in tokens]
         return (
@@ -131,8 +132,10 @@ def by_loops(batch, fused, short, mu, sigma, weight):
             flat = (1 / BINS.count * (-np.log(BINS.count) - z)).sum(-1).mean() / np.log(BINS.count)
         else:
             agreed = sum(
-                fused[row].softmax(-1)[short[row].argmax()] for row, label in tokens if short[row].argmax() != label
-            ) / len(tokens)
+                fused[row].softmax(-1)[short[row].argmax()]
+                for row, label in tokens[:-1]
+                if short[row].argmax() != label
+            ) / len(tokens[:-1])
             flat = missed = away = 0.0
         what = [(row, label) for row, label in tokens if PACKER.slots(torch.tensor(label)) < 1]
         out[scene, query] = {

@@ -38,7 +38,7 @@ class Targets:
         self.labels, self.slot = (
             batch["labels"][kept],
             batch["answer_slot"][kept],
-        )  # (K,), (K,) 0 = view, 1 to 6 = coordinate, -1 = word
+        )  # (K,), (K,) 0 = view, 1 to 6 = coordinate, -1 = word, -2 = the end of an answer
         self.query = scene * self.size[1] + batch["segment"][kept]  # (K,) b * Q + q
         self.tokens = torch.bincount(self.query, minlength=self.size.numel())  # (B * Q,) how many each query has
         self.valid = (self.tokens > 0).view(self.size)  # (B, Q) queries with an answer
@@ -53,7 +53,9 @@ class Targets:
         picks = batch["pick"][kept] if "pick" in batch else torch.zeros_like(self.labels, dtype=torch.bool)
         self.picks = picks.nonzero()[:, 0]  # (N,) positions of the picks
         self.picked = self.query[self.picks]  # (N,) queries that pick a candidate
-        self.words = (~(torch.isin(self.query, self.grounded) | picks)).nonzero()[:, 0]  # positions of answers in words
+        said = ~torch.isin(self.query, self.grounded) & ~picks & (self.slot == -1)
+        self.words = said.nonzero()[:, 0]  # (W,) positions of answers in words, less their ends
+        self.said = torch.bincount(self.query[self.words], minlength=len(self.tokens))  # (B * Q,) words of each
 
     def take(
         self,
@@ -228,13 +230,13 @@ def expected_boxes(
 # %% ../../nbs/method/00_alignment.ipynb #825cd227
 def per_query(
     of_boxes: torch.Tensor,  # (G,) a number for each query that asks for a box
-    of_words: torch.Tensor,  # (W,) a number for each token of the answers in words
+    of_words: torch.Tensor,  # (W,) a number for each word of the answers in words
     targets: Targets,
     of_picks: torch.Tensor | None = None,  # (N,) a number for each query that picks; needed where there are any
 ) -> torch.Tensor:  # (B, Q), 0 for a query without an answer
     "The number of each box and of each pick, and the mean over each answer in words."
-    sums = of_words.new_zeros(len(targets.tokens)).index_add(0, targets.query[targets.words], of_words)
-    numbers = (sums / targets.tokens.clamp(min=1)).index_copy(0, targets.grounded, of_boxes)
+    sums = of_words.new_zeros(len(targets.said)).index_add(0, targets.query[targets.words], of_words)
+    numbers = (sums / targets.said.clamp(min=1)).index_copy(0, targets.grounded, of_boxes)
     if len(targets.picks):
         numbers = numbers.index_copy(0, targets.picked, of_picks)
     return numbers.view(targets.size)
@@ -258,6 +260,6 @@ def similarity(
         return per_query(box_iou(boxes, truth.to(boxes)), (said.argmax(-1) == labels).float(), targets, best)
     match = -functional.cross_entropy(said, labels, reduction="none")
     expected = (chances.softmax(-1) * overlap).sum(-1).clamp(min=1e-9).log()
-    return torch.where(
-        targets.valid, per_query(box_iou_soft(boxes, truth.to(boxes), log=True), match, targets, expected).exp(), 0
-    )
+    found = per_query(box_iou_soft(boxes, truth.to(boxes), log=True), match, targets, expected).exp()
+    answered = (targets.said > 0).index_fill(0, targets.grounded, True).index_fill(0, targets.picked, True)
+    return torch.where(answered.view(targets.size), found, 0)

@@ -127,10 +127,11 @@ class Packer:
         return batch
 
     def slots(self, tokens: torch.Tensor) -> torch.Tensor:
-        "Which part of a box each token is: 0 a view, 1 to 6 a coordinate, -1 anything else."
+        "Which part of a box each token is: 0 a view, 1 to 6 a coordinate, -1 a word, -2 what ends an answer."
         number = tokens - self.first_bin
         slot = torch.where(number < self.bins.views, 0, (number - self.bins.views) // self.bins.count + 1)
-        return torch.where((number >= 0) & (number < self.bins.views + 6 * self.bins.count), slot, -1)
+        other = torch.where(torch.isin(tokens, torch.tensor(self.closing, device=tokens.device)), -2, -1)
+        return torch.where((number >= 0) & (number < self.bins.views + 6 * self.bins.count), slot, other)
 
     def _sequence(self, scene):
         "Ids, segments, labels, picks (T,) and positions (3, T) of one scene."

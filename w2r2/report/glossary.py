@@ -102,7 +102,8 @@ GLOSSARY = {
         "test_outdoor": "outdoor places only, and more objects and clutter",
     },
     "number": {
-        "Acc@0.25, Acc@0.5": "share of ScanRefer descriptions whose box has at least this IoU with the true box [%]",
+        "Acc@0.25, Acc@0.5": "share of ScanRefer descriptions whose box has at least this IoU with the true box [%]; "
+        "each coordinate of a box that is said is the median of what the model predicts for it",
         "BLEU-4, CIDEr": "Scan2Cap captions against the references, times 100. The true box is given, so no object "
         "is missed and the IoU threshold in the metric's name does nothing",
         "EM": "share of ScanQA questions answered exactly [%]",

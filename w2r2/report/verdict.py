@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RUN', 'KIND', 'TIMING', 'EVERY_SPLIT', 'ASSUMED', 'IDENTICAL', 'EQUIVALENT', 'UNDECIDED', 'DIFFERENT', 'MISSING',
            'NEW', 'FALSE_ALARMS', 'MARGIN', 'MARGIN_SHARE', 'ERRORS', 'STATEMENT', 'NOT_SHOWN', 'KEPT', 'CLOSE',
-           'CHANGED', 'DATA_TABLES', 'RUN_TABLES', 'RENEWED', 'with_means', 'pairs', 'seed_spread', 'deviations',
-           'judge_cells', 'paired_comparison', 'claim_comparisons', 'plain_comparisons', 'judge_statements',
-           'judge_table', 'judge_recomputed', 'Verdict', 'report_verdict', 'summary', 'write_verdict']
+           'CHANGED', 'DATA_TABLES', 'RUN_TABLES', 'with_means', 'pairs', 'seed_spread', 'deviations', 'judge_cells',
+           'paired_comparison', 'claim_comparisons', 'plain_comparisons', 'judge_statements', 'judge_table',
+           'judge_recomputed', 'Verdict', 'report_verdict', 'summary', 'write_verdict']
 
 # %% ../../nbs/report/07_verdict.ipynb #6d2af4ed
 import json
@@ -325,9 +325,6 @@ def judge_recomputed(
     return table.set_axis("claim " + table.index, axis=0).rename_axis("statement").reset_index()
 
 
-RENEWED = ("test_wide",)  # splits whose data changed after the committed results were made
-
-
 @dataclass(frozen=True)
 class Verdict:
     "What a rerun says about the committed results."
@@ -366,7 +363,6 @@ def report_verdict(
     here, there = _machine(reports), _machine(reference)
     exact = alike(here, there)
     new, old = (read_results(folder / "results.csv") for folder in (reports, reference))
-    new, old = (side[~side.split.isin(RENEWED)] for side in (new, old))
     names = [
         name
         for name in DATA_TABLES + RUN_TABLES * exact
@@ -421,7 +417,6 @@ def write_verdict(
         f"**{'Passed' if verdict.passed else 'Failed'}**, in mode `{verdict.mode}`: {verdict.why}.",
         f"{len(verdict.cells):,} cells were compared, each the mean over the seeds that both sides have; the "
         "committed ones are recomputed from those seeds alone. "
-        f"Left out: {', '.join(RENEWED)}, whose data are new since the committed results. "
         f"{verdict.not_run:,} committed numbers are of runs "
         "that this run does not have (another `train.set`). "
         + (

@@ -61,10 +61,9 @@ def decode(
     held: torch.Tensor | None = None,  # (B, Q) bool, answers held to the format of a box; None: none
     views: torch.Tensor | None = None,  # (B, Q) view that a held answer has to name, -1 = free; None: all free
     longest: int = 48,  # tokens in an answer
-    median: bool = False,  # read each coordinate of a held box as the median of its bins
     **options,  # of the pass: `shortcut`, `blind`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, Q, L) token ids, -1 after the end of an answer, and (B, Q) bool `own`
-    "The most likely next token, again and again, for all queries at once."
+    "The most likely next token, or the median bin of a held box, again and again, for all queries at once."
     segment = batch["segment"]
     last = (segment >= 0) & (
         segment != torch.nn.functional.pad(segment[:, 1:], (0, 1), value=PADDING)
@@ -82,7 +81,7 @@ def decode(
         token = logits.argmax(-1)
         if held is not None and step < 7:
             first = token
-            token = torch.where(held, likely_token(logits, legal[:, None, step], median and step > 0), first)
+            token = torch.where(held, likely_token(logits, legal[:, None, step], step > 0), first)
             fits = legal[:, step].gather(1, first)  # (B, Q)
             own = own & (fits | ~held)
             if step == 0 and views is not None:
@@ -147,7 +146,6 @@ def answer(
     views: np.ndarray | None = None,  # (n,) view that each held answer has to name, -1 = free
     batch_size: int = 16,  # scenes
     longest: int = 48,  # tokens in an answer
-    median: bool = False,  # see `decode`
 ) -> Predictions:
     """What a model answers to all queries of the scenes, by `decode`; answers that the scenes hold are not shown to it.
     Raises KeyError for an unknown `blind`."""
@@ -164,7 +162,7 @@ def answer(
             named[real] = torch.as_tensor(views[done : done + int(real.sum())]).to(named)
         picks, words = "candidate_boxes" in batch, model.vlm.lm_head.out_features
         held = tasks == Task.scanrefer if hold and not picks else None
-        ids, own = decode(model, batch, packer, held, named, longest, median, **_BLIND[blind])
+        ids, own = decode(model, batch, packer, held, named, longest, **_BLIND[blind])
         ids, own, tasks, scene = ids[real], own[real], tasks[real], real.nonzero()[:, 0]
         boxes, seen = read_boxes(ids.where((tasks == Task.scanrefer)[:, None], -1), batch["poses"][scene], packer)
         if picks:
