@@ -1,5 +1,6 @@
 "Damage to tables, recorded answers, settings and the replies of servers that once went unnoticed or was a traceback."
 
+import io
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import pytest
 from campaign import answered
 
 from w2r2.report.headline import headline
-from w2r2.report.results import read_results, read_scores
+from w2r2.report.results import BY_SCENE, invented, read_results, write_results
 from w2r2.report.verdict import judge_recomputed
 from w2r2.scans.files import ScanNetError
 from w2r2.scans.stores import MANIFEST, seal, write_store
@@ -94,28 +95,31 @@ def test_a_headline_without_its_rows_names_the_reports(tmp_path):
     assert str(tmp_path) in str(told.value)
 
 
-FIGURE = {"metric": "Acc@0.25", "scenes": ["a", "b"], "sum": [1, 2], "count": [2, 4]}
-SCORES = {"run": {"arm": "plain", "seed": 0}, "figures": [FIGURE]}
+def without(content):
+    "The arrays without one of them, as an archive."
+    arrays = dict(np.load(io.BytesIO(content)))
+    del arrays["sums"]
+    np.savez(again := io.BytesIO(), **arrays)
+    return again.getvalue()
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "name, damage, said",
     [
-        ("{", "not JSON"),
-        (json.dumps(SCORES | {"figures": 7}), "figures: it must be array"),
-        (json.dumps(SCORES | {"figures": [FIGURE | {"sum": [1]}]}), "not as many"),
-        (json.dumps(SCORES | {"figures": [FIGURE | {"metric": ["Acc"]}]}), "figures.0.metric: it must be"),
-        (json.dumps(SCORES | {"figures": [FIGURE | {"sum": [1, float("nan")]}]}), "is no number"),
-        (json.dumps(SCORES)[:-1] + ', "figures": []}', "there twice"),
-        (json.dumps(SCORES | {"figures": [FIGURE] * 20_000}), "figures.1: is there twice"),
+        ("results.npz", lambda content: b"", "no readable zip file"),
+        ("results.npz", lambda content: content[:-40], "no readable zip file"),
+        ("results.npz", without, "sums is missing"),
+        ("results.npz", lambda content: content[:200] + b"\0\0\0\0" + content[204:], "is damaged"),
+        ("results.csv", lambda content: content.replace(b"plain", b"plane", 1), "with another results.csv"),
+        ("results.csv", lambda content: content[: content.rstrip().rindex(b"\n") + 1], "with another results.csv"),
     ],
 )
-def test_damaged_scores_are_refused(tmp_path, content, said):
-    (tmp_path / "scores.json").write_text(json.dumps(SCORES))
-    assert len(read_scores(tmp_path)) == 1
-    (tmp_path / "scores.json").write_text(content)
+def test_what_scenes_contributed_is_refused_where_it_does_not_belong(tmp_path, name, damage, said):
+    write_results(invented(scenes=4), tmp_path / "results.csv")
+    assert read_results(tmp_path / "results.csv")[BY_SCENE].notna().any()
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
     with pytest.raises(ScanNetError, match=said):
-        read_scores(tmp_path)
+        read_results(tmp_path / "results.csv")
 
 
 @pytest.mark.parametrize(

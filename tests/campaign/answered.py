@@ -35,7 +35,7 @@ from w2r2.metrics.scoring import load_predictions, read_annotations, score
 from w2r2.model.geometry_cache import GeometryStore, write_geometry
 from w2r2.model.hosts import build_host, write_tiny_host
 from w2r2.report.headline import headline
-from w2r2.report.results import COLUMNS, read_results, read_scores
+from w2r2.report.results import BY_SCENE, COLUMNS, invented, read_results, write_results
 from w2r2.scans.files import ScanNetError
 from w2r2.study.full_settings import read_full_settings
 from w2r2.study.push_trial import TABLES, read_trial
@@ -431,20 +431,18 @@ def make_answered(folder: Path) -> list[Target]:
 
     targets.append(Target("headline", reports, files, headlines, lambda *_: ALL, cells, 0.003))
 
-    figure = {"metric": "Acc@0.25", "scenes": ["a", "b"], "sum": [1, 2], "count": [2, 4], "value": 0.5}
-    scores = json.dumps({"run": {"arm": "plain", "seed": 0}, "figures": [figure, figure | {"metric": "Acc@0.5"}]})
+    scenes = folder / "results by scene"
+    scenes.mkdir()
+    write_results(invented(scenes=3).iloc[::20], scenes / "results.csv")
 
-    def scored(path):
-        return {repr(key): told(frame.values.tolist()) for key, frame in read_scores(path.parent).items()}
+    def by_scene(at):
+        parts = read_results(at / "results.csv")[BY_SCENE]
+        return {
+            row: None if part is None else told([part.scenes.tolist(), part.sum.tolist(), part.count.tolist()])
+            for row, part in enumerate(parts)
+        }
 
-    def scores_touched(name, original, damaged):
-        try:
-            strict(damaged)
-        except Exception:
-            return None
-        return ALL
-
-    one("scores", scores.encode(), "scores.json", scored, scores_touched, TREE)
+    targets.append(Target("results by scene", scenes, store_files(scenes), by_scene, mutators=[on_bytes]))
 
     rng = np.random.default_rng(0)
     boxes = rng.uniform(0.5, 2, (4, 6))

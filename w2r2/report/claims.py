@@ -381,7 +381,6 @@ def compare(
     expect: str = "greater",  # or "not less"
     above: float = None,
     share: float = None,  # claim that `a` is more than this share of `b` instead, for every seed
-    scores: dict = {},  # per scene, from `w2r2.report.results.read_scores`
 ) -> Finding:
     """Decide a claim by the difference of two sides, in points; of the diagnosis, whose measures are no shares, in
     hundredths."""
@@ -397,7 +396,7 @@ def compare(
             f"seed, {len(values)} seed{'s' * (len(values) > 1)}); the claim needs more than {100 * above:g} %",
         )
     what += f" {'of' if share else 'minus'} {_say(b)}"
-    d = contrast(chosen, a, b, scores)
+    d = contrast(chosen, a, b)
     if d is None:
         return Finding(PENDING, f"no pair of results for {what}")
     sample = _sample(chosen, a, b, d)
@@ -420,7 +419,6 @@ def peak(
     choose: dict,  # one curve
     dial: str,  # "lam" or "mu"
     at: float,  # where the paper sees its maximum
-    scores: dict = {},
 ) -> Finding:
     "Is the best setting of a dial the paper's, and better than each other one beyond the interval?"
     # only seeds that every point has, or the points would be compared over different runs
@@ -429,7 +427,7 @@ def peak(
     if len(means) < 3 or at not in means:
         return Finding(PENDING, f"{len(means)} points of the curve")
     best = means.idxmax()
-    others = {value: contrast(chosen, {dial: at}, {dial: value}, scores) for value in means.index.drop(at)}
+    others = {value: contrast(chosen, {dial: at}, {dial: value}) for value in means.index.drop(at)}
     rival = min(
         others, key=lambda value: others[value].value
     )  # the point that comes nearest to the paper's, or passes it
@@ -492,7 +490,6 @@ LINKS = {
 def audit(
     results: pd.DataFrame = None,  # of all runs; None: nothing has been measured yet
     paper: dict = None,  # from `read_paper`; None: the file in data/
-    scores: dict = {},
     noise: float
     | str
     # the regime that decides: geometry noise, in the place of reconstructed geometry; None: the noisiest
@@ -523,8 +520,6 @@ def audit(
             finding = Finding(PENDING, "no results yet")
         else:
             decide, question = (peak, claim["peak"]) if "peak" in claim else (compare, claim["compare"])
-            finding = decide(
-                results[results.noise == question["choose"].get("noise", noise)], **question, scores=scores
-            )
+            finding = decide(results[results.noise == question["choose"].get("noise", noise)], **question)
         rows.append([claim["id"], claim["where"], claim["says"], finding.status, finding.evidence, link])
     return pd.DataFrame(rows, columns=["id", "where", "claim", "status", "evidence", "link"])

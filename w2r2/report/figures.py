@@ -185,7 +185,6 @@ def sweep(
     reading: str = "direct",  # arm
     split: str = "test",
     baseline: str = "plain",
-    scores: dict = {},
 ) -> Figure:
     "Figure 3 (a) or (b); `ValueError` where two numbers share a point of a curve."
     other = {"lam": "mu", "mu": "lam"}[dial]
@@ -196,8 +195,8 @@ def sweep(
         metric=[metric for _, metric, _ in PANELS[dial]],
         **{"pass": "fused"},
     )
-    curve = cells(select(chosen, arm=reading, **{other: paper["defaults"][other]}), scores).sort_values(dial)
-    flat = cells(select(chosen, arm=baseline), scores)
+    curve = cells(select(chosen, arm=reading, **{other: paper["defaults"][other]})).sort_values(dial)
+    flat = cells(select(chosen, arm=baseline))
     if curve.duplicated(["metric", dial]).any():
         raise ValueError(
             f"sweep: two numbers for one metric at one {dial}; choose a noise level, steps and proposals first"
@@ -280,7 +279,6 @@ def shifts(
     defaults: dict,  # lam and mu
     arms: list = None,  # None: all
     metric: str = "Acc@0.25",
-    scores: dict = {},
 ) -> Figure:
     "Fused accuracy by test split and arm, with intervals: a panel for each number of steps."
     chosen = select(
@@ -288,7 +286,7 @@ def shifts(
     )
     chosen = chosen[chosen.split.str.startswith("test")]
     arms = arms or list(dict.fromkeys(chosen.arm))
-    figures = cells(select(chosen, arm=arms), scores)
+    figures = cells(select(chosen, arm=arms))
     if figures.duplicated(["arm", "split"]).any():
         raise ValueError("shifts: two numbers for one arm and split; choose a noise level first")
     order = figures[figures.arm == arms[0]].sort_values("value", ascending=False).split.tolist()

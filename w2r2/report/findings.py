@@ -24,7 +24,6 @@ def against_plain(
     splits: dict[str, list[str]],  # what to call them -> splits that are taken together
     metric: str = "Acc@0.25",
     proposals: str = "no",  # or "yes": boxes refined by proposals
-    scores: dict = {},  # per scene, from `w2r2.report.results.read_scores`
 ) -> pd.DataFrame:  # noise, where, arm, against, seeds, value, low, high: points of accuracy; word, from `judged`
     """Fused accuracy of every arm minus that of the arm of plain fine-tuning with as many steps, in pairs of queries
     and seeds."""
@@ -37,7 +36,7 @@ def against_plain(
             if not arm.startswith("plain")
             for rival in as_long(here, arm, steps)
         ):
-            d = contrast(here, {"arm": arm}, {"arm": against}, scores)
+            d = contrast(here, {"arm": arm}, {"arm": against})
             if d is None:
                 continue
             seeds = len(set(select(here, arm=arm).seed) & set(select(here, arm=against).seed))

@@ -179,11 +179,11 @@ def _in_points(d: Difference) -> pd.Series:
 
 def headline_comparisons(
     reports: str | Path,  # folder of the committed reports
-) -> dict[str, pd.DataFrame | pd.Series | float]:
+) -> dict[str, pd.DataFrame | pd.Series | float | str]:
     """Differences in points (value, low, high): of W2R2 ("fused", "2d") and of the best other configuration ("best")
-    from plain fine-tuning by setting; of longer training ("longer", with the factor "times"); of the intervention under
-    shifts ("shifted") and without ("same"), and of the strong one where descriptions are few ("strong"), also
-    less its control ("control"). And "seeds" by arm."""
+    from plain fine-tuning by setting; of longer training ("longer", with the factor "times", and what its interval is
+    "over"); of the intervention under shifts ("shifted") and without ("same"), and of the strong one where descriptions
+    are few ("strong"), also less its control ("control"). And "seeds" by arm."""
     reports = Path(reports)
     accuracies, differences = headline(reports)
     results = at_defaults(read_results(reports / "results.csv"), read_paper()["defaults"])
@@ -213,6 +213,7 @@ def headline_comparisons(
         "2d": w2r2[w2r2["pass"] == "2d"],
         "best": best[best["pass"] == "fused"],
         "longer": _in_points(longer),
+        "over": "scenes and seeds" if longer.n > noisy[noisy.arm == "plain long"].seed.nunique() else "seeds",
         "times": steps["plain long"] / steps["plain"],
         "shifted": _first(select(compared, where="shifted"), reports, "intervention long, shifted"),
         "same": _first(select(compared, where="test"), reports, "intervention long, test"),
@@ -223,7 +224,7 @@ def headline_comparisons(
 
 # %% ../../nbs/report/19_headline.ipynb #d50b4b5b
 def five_sentences(
-    found: dict[str, pd.DataFrame | pd.Series | float],  # from `headline_comparisons`
+    found: dict[str, pd.DataFrame | pd.Series | float | str],  # from `headline_comparisons`
 ) -> list[str]:
     "The five sentences, each with its question in bold; their words follow from the intervals."
     fused, alone, best, seeds = found["fused"], found["2d"], found["best"], found["seeds"]
@@ -269,7 +270,8 @@ def five_sentences(
         "holds for a large one on ScanNet.",
         f"**Use instead:** {'W2R2 where it is higher, else ' if helped else ''}plain fine-tuning"
         + (", and more of it" if in_word(found["longer"]) == "higher" else "")
-        + f": with {found['times']:g} times the steps its accuracy is {_said(found['longer'])}, interval over seeds. "
+        + f": with {found['times']:g} times the steps its accuracy is {_said(found['longer'])}, "
+        f"interval over {found['over']}. "
         'Moving the geometry and the answer together while training ("intervention") gives an accuracy that is '
         f"{_said(found['shifted'])} where cameras or rooms differ from those in training, {_said(found['strong'])} "
         f"where descriptions are few (against a control that moves only geometry: {_said(found['control'])}), and "

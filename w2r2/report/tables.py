@@ -51,7 +51,6 @@ def table1(
     paper: dict,  # from `w2r2.report.claims.read_paper`
     split: str = "test",
     arms: tuple = OURS,
-    scores: dict = {},  # per scene, from `w2r2.report.results.read_scores`
     systems: Systems | None = None,  # from `w2r2.report.measured_systems.read_systems`
 ) -> pd.DataFrame:
     "Table 1: the paper's rows, each with what stands for its system here, then ours."
@@ -62,7 +61,7 @@ def table1(
         metric=paper["table1"]["metrics"],
         **{"pass": ["2d", "fused"]},
     )
-    figures, rows = cells(chosen, scores), []
+    figures, rows = cells(chosen), []
     for side, name in (("only 2D", "2d"), ("2D + 3D", "fused")):
         for system, printed in _add_ours(paper["table1"][side], arms, results, 2).items():
             for metric, number in zip(paper["table1"]["metrics"], printed):
@@ -94,14 +93,13 @@ def table2(
     paper: dict,
     split: str = "test",
     arms: tuple = OURS,
-    scores: dict = {},
     systems: Systems | None = None,
 ) -> pd.DataFrame:
     "Table 2: the paper's rows, each with what stands for its system here, then ours."
     chosen = select(
         at_defaults(results, paper["defaults"]), split=split, metric=list(METRICS.values()), **{"pass": "fused"}
     )
-    figures, rows = cells(chosen, scores), []
+    figures, rows = cells(chosen), []
     for system, printed in _add_ours(
         {name: row for name, row in paper["table2"].items() if name != "metrics"}, arms, results, 6
     ).items():
@@ -147,7 +145,6 @@ def arms_table(
     defaults: dict,  # lam and mu
     split: str = "test",
     baseline: str = "plain",
-    scores: dict = {},
 ) -> pd.DataFrame:
     """Fused accuracy of every arm, that of what it is compared with on the same seeds, and the paired difference; it is
     compared with the baseline, or with an arm `baseline ...` of as many steps."""
@@ -159,7 +156,7 @@ def arms_table(
         **{"pass": "fused"},
     )
     rows = []
-    for found in shown(cells(chosen, scores)).to_dict("records"):
+    for found in shown(cells(chosen)).to_dict("records"):
         arm, metric = found["arm"], found["metric"]
         same = select(chosen, metric=metric, noise=found["noise"], proposals=found["proposals"])
         own = select(same, arm=arm, steps=found["steps"])
@@ -168,7 +165,7 @@ def arms_table(
             rows.append(found)
             continue
         found["against"] = f"{other.arm.iloc[0]}, {span(other.steps)} steps, {span([len(other)])} seeds"
-        d = contrast(same, {"arm": arm, "steps": found["steps"]}, {"arm": other.arm.iloc[0]}, scores)
+        d = contrast(same, {"arm": arm, "steps": found["steps"]}, {"arm": other.arm.iloc[0]})
         rows += [
             found,
             found
@@ -197,11 +194,10 @@ def robustness(
     results: pd.DataFrame,
     defaults: dict,
     metric: str = "Acc@0.25",
-    scores: dict = {},
 ) -> pd.DataFrame:
     "Fused accuracy of every arm on every test split."
     chosen = select(at_defaults(results, defaults), task="scanrefer", metric=metric, **{"pass": "fused"})
-    return shown(cells(chosen[chosen.split.str.startswith("test")], scores))
+    return shown(cells(chosen[chosen.split.str.startswith("test")]))
 
 # %% ../../nbs/report/03_tables.ipynb #e3d163ad
 SHOWN_INPUTS = {
@@ -216,7 +212,6 @@ def inputs_table(
     results: pd.DataFrame,
     defaults: dict,
     split: str = "test",
-    scores: dict = {},
 ) -> pd.DataFrame:
     "Acc@0.25, CIDEr and EM of every arm, by input."
     chosen = select(
@@ -226,7 +221,7 @@ def inputs_table(
         **{"pass": list(SHOWN_INPUTS)},
     )
     return (
-        shown(cells(chosen, scores))
+        shown(cells(chosen))
         .sort_values("metric", kind="stable")
         .assign(metric=lambda table: table.metric.map(SHORT), input=lambda table: table["pass"].map(SHOWN_INPUTS))
     )
@@ -250,10 +245,9 @@ def causality(
     results: pd.DataFrame,
     defaults: dict,
     split: str = "test",
-    scores: dict = {},
 ) -> pd.DataFrame:
     "Every number of the diagnosis, for every arm."
-    return shown(cells(select(at_defaults(results, defaults), split=split, task="diagnosis"), scores))
+    return shown(cells(select(at_defaults(results, defaults), split=split, task="diagnosis")))
 
 # %% ../../nbs/report/03_tables.ipynb #d91b3fe3
 def activation(
@@ -302,17 +296,16 @@ def write_all(
     paper: dict,
     terms: pd.DataFrame,  # from `w2r2.report.glossary.glossary`
     folder: str | Path,
-    scores: dict = {},
     audited: pd.DataFrame = None,  # from `w2r2.report.claims.audit`
     timing: pd.DataFrame = None,  # from nbs/bench/step_cost.ipynb
     systems: Systems | None = None,  # from nbs/bench/systems.ipynb, see `w2r2.report.measured_systems.read_systems`
 ) -> dict[str, pd.DataFrame]:  # name -> grid
     "Write every table for which there are results; the two of the paper, the glossary and the audit always."
-    defaults, shifts = paper["defaults"], robustness(results, paper["defaults"], scores=scores)
+    defaults, shifts = paper["defaults"], robustness(results, paper["defaults"])
     camera, regime = shifts.split.isin(CAMERA), ["noise", "refined"]
     tables = {  # name -> numbers, labels of a line, what the columns are, digits, what the caption tells apart, caption
         "table1": (
-            table1(results, paper, scores=scores, systems=systems),
+            table1(results, paper, systems=systems),
             ["input", "system", "numbers", *regime],
             "metric",
             1,
@@ -320,7 +313,7 @@ def write_all(
             f"Table 1 of the paper, ScanRefer. {STANDS}",
         ),
         "table2": (
-            table2(results, paper, scores=scores, systems=systems),
+            table2(results, paper, systems=systems),
             ["system", "numbers", *regime],
             "metric",
             1,
@@ -328,7 +321,7 @@ def write_all(
             " ".join(["Table 2 of the paper. Captions here: of the true box.", STANDS, dashes(systems)]).strip(),
         ),
         "arms": (
-            arms_table(results, defaults, scores=scores),
+            arms_table(results, defaults),
             ["arm", "steps", *regime, "against"],
             "metric",
             1,
@@ -353,7 +346,7 @@ def write_all(
             "Fused Acc@0.25 in percent on splits with other scenes.",
         ),
         "inputs": (
-            inputs_table(results, defaults, scores=scores),
+            inputs_table(results, defaults),
             ["metric", "arm", *regime],
             "input",
             1,
@@ -362,7 +355,7 @@ def write_all(
         ),
         "floors": (floors(results), ["floor"], "metric", 1, "metric", "What is scored without a model, in percent."),
         "causality": (
-            causality(results, defaults, scores=scores),
+            causality(results, defaults),
             ["arm", "noise"],
             "metric",
             2,

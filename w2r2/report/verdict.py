@@ -23,12 +23,12 @@ from scipy.stats import t as student
 from ..machine import alike
 from .claims import EQUIVALENCE, REPRODUCED, read_paper
 from .grids import to_markdown
-from .results import CELL, PAIRED, noisiest, read_results, select
+from .results import CELL, COLUMNS, DIALS, PAIRED, noisiest, read_results, select
 from ..scans.files import ScanNetError
 from ..scans.tables import read_table
 
 # %% ../../nbs/report/07_verdict.ipynb #c258a733
-RUN = ["arm", "noise", "lam", "mu", "steps", "seed"]
+RUN = ["arm", *DIALS, "seed"]
 KIND = ["task", "metric", "pass"]
 TIMING = "cost|seconds|runtime"  # in the name of a number: a timing, which is not compared
 EVERY_SPLIT = "every split"  # name of the mean over splits
@@ -362,7 +362,7 @@ def report_verdict(
     reports, reference = Path(reports), Path(reference)
     here, there = _machine(reports), _machine(reference)
     exact = alike(here, there)
-    new, old = (read_results(folder / "results.csv") for folder in (reports, reference))
+    new, old = (read_results(folder / "results.csv")[COLUMNS] for folder in (reports, reference))
     names = [
         name
         for name in DATA_TABLES + RUN_TABLES * exact

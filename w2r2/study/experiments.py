@@ -236,24 +236,10 @@ def collect(
     runs: list[Run],
     trainings: list[Job],  # of the runs, finished
     evaluations: list[Job],  # of the runs, finished
-    scores: str
-    # a folder for each run goes here: scores.json, what each scene contributes, and SPLIT_slope.csv, the displacements
-    # of the answers
-    | Path,
-) -> pd.DataFrame:  # the labels of each run, split, task, metric, protocol, proposals, pass, n, value
+) -> list[dict]:  # labels of a run and a figure of it each, as the jobs wrote it; for `w2r2.report.results.as_results`
     "The results of all runs; raises `FileNotFoundError` for a job that is not finished."
-    shutil.rmtree(scores, ignore_errors=True)
     rows = []
-    for number, (run, training, evaluation) in enumerate(zip(runs, trainings, evaluations, strict=True)):
-        figures = evaluation.result
+    for run, training, evaluation in zip(runs, trainings, evaluations, strict=True):
         trained = training_figures(training.result, run.settings.get("candidates", "no"))
-        rows += [run.labels | figure for figure in (*figures, *trained)]
-        folder = Path(scores, f"{number:03d}")
-        folder.mkdir(parents=True)
-        labels = {name: None if value != value else value for name, value in run.labels.items()}
-        (folder / "scores.json").write_text(
-            json.dumps({"run": labels, "figures": [figure for figure in figures if "sum" in figure]}), encoding="utf-8"
-        )
-        for path in evaluation.folder.glob("*_slope.csv"):
-            shutil.copy(path, folder)
-    return pd.DataFrame(rows).drop(columns=["scenes", "sum", "count"], errors="ignore")  # those are in scores.json
+        rows += [run.labels | figure for figure in (*evaluation.result, *trained)]
+    return rows
