@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from w2r2.metrics.scoring import load_predictions
+from w2r2.metrics.prediction_files import load_predictions
 from w2r2.scans.annotations import LabelImages, LabelTable, read_aggregation, read_scene_info, read_segments, read_split
 from w2r2.scans.frames import FrameFolder, read_matrix
 from w2r2.scans.ply import read_ply

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from w2r2.scans.annotations import write_label_images
-from w2r2.scans.sens import Frame, SensHeader, write_sens
+from w2r2.scans.recording import Frame, SensHeader
+from w2r2.scans.sens import write_sens
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)

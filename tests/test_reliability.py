@@ -10,7 +10,7 @@ import training
 from safetensors.torch import load_file, save_file
 
 from w2r2.cli import main
-from w2r2.method.trainer import last_checkpoint
+from w2r2.method.resuming import last_checkpoint
 from w2r2.study.jobs import Job, execute
 
 DATA = Path(__file__).parents[1] / "data"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from golden import golden
 
-from w2r2.metrics.scoring import load_predictions, score
+from w2r2.metrics.prediction_files import load_predictions
+from w2r2.metrics.scoring import score
 from w2r2.scans.files import ScanNetError
 
 

@@ -15,9 +15,11 @@ import pytest
 from corruption import corrupt, guarded
 from PIL import Image
 
+import w2r2.scans.recording
 import w2r2.scans.sens
 from w2r2.scans.frames import FrameFolder, export_frames
-from w2r2.scans.sens import Sens, SensHeader, encode_frame, index_frames, pack_header, unpack_header, write_sens
+from w2r2.scans.recording import SensHeader, encode_frame
+from w2r2.scans.sens import Sens, index_frames, pack_header, unpack_header, write_sens
 
 FIXTURES = Path(__file__).parent / "fixtures" / "sens"  # made with the official reader, ScanNet 3830fce7
 
@@ -115,9 +117,9 @@ def test_32_of_2000_frames_do_not_load_the_rest(sparse, monkeypatch):
     decoded = []
     for name in ("decode_image", "decode_depth"):
         monkeypatch.setattr(
-            w2r2.scans.sens,
+            w2r2.scans.recording,
             name,
-            lambda *args, original=getattr(w2r2.scans.sens, name): decoded.append(args[-1]) or original(*args),
+            lambda *args, original=getattr(w2r2.scans.recording, name): decoded.append(args[-1]) or original(*args),
         )
     start = time.process_time()
     with Sens(path) as sens:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from w2r2.method.trainer import W2R2Config, W2R2Trainer, last_checkpoint
+from w2r2.method.resuming import last_checkpoint
+from w2r2.method.trainer import W2R2Config, W2R2Trainer
 from w2r2.model.examples import example, tiny_model
 from w2r2.model.features import Features, Queries
 from w2r2.model.packing import Packer

@@ -31,7 +31,8 @@ from campaign.targets import (
 )
 
 from w2r2.demo import Demo, demo_server
-from w2r2.metrics.scoring import load_predictions, read_annotations, score
+from w2r2.metrics.prediction_files import load_predictions, read_annotations
+from w2r2.metrics.scoring import score
 from w2r2.model.geometry_cache import GeometryStore, write_geometry
 from w2r2.model.hosts import build_host, write_tiny_host
 from w2r2.report.headline import headline

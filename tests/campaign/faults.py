@@ -23,7 +23,7 @@ import pandas as pd
 import training
 from tqdm import tqdm
 
-from w2r2.method.trainer import last_checkpoint
+from w2r2.method.resuming import last_checkpoint
 from w2r2.model.checkpoint import load, save
 from w2r2.model.examples import build_tokenizer, encode, prepare, sample_texts, tiny_model, tokenise
 from w2r2.model.features import Features, Queries

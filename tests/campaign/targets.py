@@ -18,7 +18,7 @@ import training
 from campaign.mutators import on_bytes, on_json, on_lines, on_numbers
 from safetensors.torch import load_file
 
-from w2r2.metrics.scoring import load_predictions
+from w2r2.metrics.prediction_files import load_predictions
 from w2r2.model.checkpoint import load, read_bins, read_config, read_tokenizer, save
 from w2r2.model.features import Features, Queries
 from w2r2.scans.annotations import LabelImages, LabelTable, read_aggregation, read_scene_info, read_segments, read_split

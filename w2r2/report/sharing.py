@@ -20,7 +20,7 @@ import yaml
 
 from ..metrics.accuracy import grounding_key, grounding_records
 from ..metrics.dense_captions import object_key
-from ..metrics.scoring import load_predictions
+from ..metrics.prediction_files import load_predictions
 from ..metrics.submissions import HEADLINES
 from ..scans.files import ScanNetError, atomic_write, regular_file
 from ..scans.scan import Scan

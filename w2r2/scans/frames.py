@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from .files import ScanNetError, atomic_write, inside, open_image, regular_file
-from .sens import Frame, FrameSequence, Sens, SensHeader, encode_frame, usable_poses, write_sens
+from .recording import Frame, FrameSequence, SensHeader, encode_frame, usable_poses
+from .sens import Sens, write_sens
 
 # %% ../../nbs/scans/05_frames.ipynb #1c42cc71
 LAYOUTS = {

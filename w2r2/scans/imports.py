@@ -22,7 +22,8 @@ from .colmap import colmap_folder, read_colmap
 from .files import ScanNetError, scene_folder
 from .ply import Mesh, write_ply
 from .posed import PosedRecording, camera_up, check_convention, read_color, read_depth, rectified, to_opencv
-from .sens import SensHeader, encode_frame, write_sens
+from .recording import SensHeader, encode_frame
+from .sens import write_sens
 from .sources import read_arkit, read_nerfstudio, read_posed_folder, read_tum
 
 # %% ../../nbs/scans/23_import.ipynb #40a9b6d4

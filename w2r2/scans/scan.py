@@ -31,7 +31,8 @@ from w2r2.scans.annotations import (
 from .files import ScanNetError, inside, scene_folder
 from .frames import FrameFolder, export_frames, open_frames
 from .ply import Mesh, read_ply, write_ply
-from .sens import Frame, Sens, SensHeader, encode_frame, write_sens
+from .recording import Frame, SensHeader, encode_frame
+from .sens import Sens, write_sens
 
 # %% ../../nbs/scans/07_scan.ipynb #6610dbca
 def vertex_objects(

@@ -15,7 +15,8 @@ import torch
 from dvclive import Live
 from transformers import TrainerCallback
 
-from ..method.trainer import W2R2Config, W2R2Trainer, last_checkpoint, remove_checkpoint
+from ..method.resuming import last_checkpoint, remove_checkpoint
+from ..method.trainer import W2R2Config, W2R2Trainer
 from ..model.checkpoint import load, save
 from ..model.features import Features, Queries
 from ..model.fused import add_picks

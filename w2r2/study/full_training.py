@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..method.conversation_trainer import ConversationTrainer
-from ..method.trainer import W2R2Config, last_checkpoint, remove_checkpoint
+from ..method.resuming import last_checkpoint, remove_checkpoint
+from ..method.trainer import W2R2Config
 from ..model.conversations import ConversationCollator, Conversations, read_conversations
 from ..model.geometry_cache import GeometryStore, write_geometry
 from ..model.hosts import HOST_FILE, add_adapters, build_host

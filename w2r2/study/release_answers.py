@@ -54,7 +54,7 @@ def answer_release(
     split: str,
     blind: str | None = None,  # what the model may not see, see `w2r2.study.predict.answer`; "3d" is Phi(F2D, 0)
     tell: Callable[[int, int], None] = lambda done, scenes: None,  # after every scene
-) -> dict[str, list | dict]:  # by task, in the formats of `w2r2.metrics.scoring`
+) -> dict[str, list | dict]:  # by task, in the formats of `w2r2.metrics.prediction_files`
     """A box for every description, a caption for every described object in its true box, an answer to every question.
     Objects that no view shows get no caption. Raises `ScanNetError` as the readers of the release."""
     vlm, tokenizer, packer = load(model)

@@ -21,8 +21,9 @@ from ..scans.annotations import write_scene_info
 from ..scans.cameras import transform_points
 from ..scans.files import ScanNetError, scene_folder
 from ..scans.ply import write_ply
+from ..scans.recording import Frame
 from ..scans.scan import Scan
-from ..scans.sens import DEPTH_CODES, Frame, write_sens
+from ..scans.sens import DEPTH_CODES, write_sens
 
 # %% ../../nbs/systems/20_altered_scans.ipynb #00000004
 @dataclass(frozen=True)
