@@ -94,8 +94,9 @@ docs: $(READY) ## the site, in _docs/html/: built, and walked through where ther
 	pytest -q tests/test_site.py
 	@echo 'open _docs/html/index.html'
 
+# In a container the user is often root, and JupyterLab wants to be told that this is meant.
 lab: $(READY) ## JupyterLab on the tour
-	jupyter lab --config=nbs/jupyter_server_config.py --LabApp.default_url=/lab/tree/nbs/tour.ipynb
+	jupyter lab --config=nbs/jupyter_server_config.py --LabApp.default_url=/lab/tree/nbs/tour.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 hooks: $(READY) ## in this clone, git diffs notebooks by cell (nbdime) and merges them (nbdev)
 	git config --local include.path ../.gitconfig

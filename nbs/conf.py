@@ -37,6 +37,7 @@ html_extra_path = [
 html_theme = "furo"
 html_title = "W2R2: where, not what"
 html_css_files = ["site.css"]
+html_js_files = [("tables.js", {"defer": "defer"})]
 html_copy_source = html_show_search_summary = False  # summaries need a server
 templates_path = ["_templates"]
 html_additional_pages = {"index": "to_contents.html"}
@@ -101,7 +102,8 @@ def page_of_audit(app, docname: str, source: list[str]) -> None:
 
 
 def page_of_notebook(app, docname: str, source: list[str]) -> None:
-    "Folds what `#| hide` marks, drops the directives, makes plotly figures drawable and adds the reference."
+    """Folds what `#| hide` marks, and all code of the executed pipeline, whose readers want its results; drops the
+    directives, makes plotly figures drawable and adds the reference."""
     path = ROOT / f"{docname}.ipynb"
     if not path.is_file():
         return
@@ -117,6 +119,7 @@ def page_of_notebook(app, docname: str, source: list[str]) -> None:
             for tag, wanted in {
                 "exported": "export" in directives,
                 "hide-cell": "hide" in directives,
+                "hide-input": docname.startswith("reports/notebooks/"),
                 "remove-cell": not cell["source"].strip(),
             }.items()
             if wanted

@@ -32,6 +32,8 @@ class Browser:
                 "--no-first-run",
                 "--disable-background-networking",
                 "--disable-component-update",
+                "--disable-sync",
+                "--disable-quic",
                 "--remote-allow-origins=*",
                 "--remote-debugging-port=0",
                 f"--user-data-dir={self.folder.name}",
@@ -104,7 +106,7 @@ class Browser:
         Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
 
-def wait(condition, message, seconds=30):
+def wait(condition, message, seconds=60):
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, message

@@ -15,3 +15,16 @@ def encoded(tmp_path_factory):
     training.prepare(path)
     yield path
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tab():
+    "A tab of a headless Chromium; skipped where there is none."
+    pytest.importorskip("websocket")
+    import browser
+
+    if browser.CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    tab = browser.Browser()
+    yield tab
+    tab.close()

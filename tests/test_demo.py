@@ -1,10 +1,13 @@
-"""The demo page by HTTP: both answers, and a clear error for everything that cannot be answered."""
+"""The demo page, by HTTP and in a browser: both answers, and a clear error for everything that cannot be answered."""
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 
 import httpx
+import numpy as np
 import pytest
 
 from w2r2.demo import LONGEST_TEXT, Demo, demo_server
@@ -70,6 +73,8 @@ def test_strangers_and_strange_requests_are_refused(address):
     assert httpx.post(address + "ask", content="{", headers={"Content-Type": "application/json"}).status_code == 400
     assert httpx.post(address + "ask", content="{}").status_code == 400
     assert httpx.get(address + "page/0123456789abcdef").status_code == 404
+    assert httpx.get(address + "scene/0/scene9999_00").status_code == 404
+    assert httpx.get(address + "scene/../../etc/passwd").status_code == 404
 
 
 def test_two_questions_at_once_do_not_mix(address):
@@ -85,3 +90,39 @@ def test_two_questions_at_once_do_not_mix(address):
         thread.join()
     assert all(said[scene]["scene"] == scene for scene in said) and len(said) == 2
     assert said["scene9000_00"]["page"] != said["scene9001_00"]["page"]
+
+
+DRAWN = """(() => {
+  const over = document.getElementById("shown").contentDocument?.getElementById("over");
+  if (!over?.style.width) return -1;
+  const pixels = over.getContext("2d").getImageData(0, 0, over.width, over.height).data;
+  return pixels.filter((value, i) => i % 4 === 3 && value > 0).length;
+})()"""  # pixels of the boxes over the 3D scene; -1: there is none yet
+
+
+@pytest.fixture(scope="module")
+def started():
+    "Address of `w2r2 demo`, as a user starts it."
+    command = [sys.executable, "-m", "w2r2.cli", "demo", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        yield next(word for word in server.stdout.readline().split() if word.startswith("http"))
+        server.terminate()
+
+
+@pytest.mark.parametrize("width", [1300, 390])
+def test_a_visitor_sees_the_room_and_then_both_answers(started, tab, width):
+    from browser import wait
+
+    tab.open(started, width=width)
+    wait(lambda: tab.run(DRAWN) == 0, "the scene that is picked is not shown")
+    tab.run("document.querySelector('#examples button').click()")
+    wait(lambda: tab.run("!document.getElementById('answers').hidden"), "no answer")
+    rows = tab.run("[...document.querySelectorAll('#answers tbody tr')].map(row => row.innerText)")
+    assert [row.split("\t")[0] for row in rows] == ["2D and 3D", "2D only"]
+    assert all(np.isfinite([float(value) for value in row.split("\t")[1:]]).all() for row in rows)
+    wait(lambda: tab.run(DRAWN) > 100, "the boxes are not drawn over the scene")
+    assert tab.run("document.getElementById('shown').contentDocument.querySelectorAll('#views .shows').length") > 0
+    assert tab.run("document.documentElement.scrollWidth") <= width
+    assert not tab.complaints and all(url.startswith((started, "data:", "blob:")) for url in tab.requests)
+    tab.run("document.getElementById('text').value = 'zyx wvu'; document.getElementById('go').click()")
+    wait(lambda: tab.run("document.getElementById('state').className") == "wrong", "no complaint about strange words")

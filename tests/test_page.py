@@ -1,8 +1,5 @@
 "The page of a scan, used in a browser as a reader would."
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -10,23 +7,10 @@ from w2r2.scans.page import DrawnBox, scene_page
 from w2r2.scans.scan import Scan
 from w2r2.shipped import DATA
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 DARK = """(canvas => {
   const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
   return data.filter((value, i) => i % 4 === 3 && value > 0).length;
 })"""
-
-
-@pytest.fixture(scope="module")
-def tab():
-    import browser
-
-    if browser.CHROMIUM is None:
-        pytest.skip("needs a Chromium")
-    tab = browser.Browser()
-    yield tab
-    tab.close()
 
 
 @pytest.mark.parametrize("width", [1300, 390])

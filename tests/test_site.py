@@ -155,18 +155,6 @@ def test_pages_link_to_what_exists_and_load_nothing_from_outside():
     assert len(pages) > 40 and wrong == []
 
 
-@pytest.fixture(scope="module")
-def browser():
-    pytest.importorskip("websocket")
-    import browser
-
-    if browser.CHROMIUM is None:
-        pytest.skip("no Chromium")
-    tab = browser.Browser()
-    yield tab
-    tab.close()
-
-
 def until(tab, condition):
     """Waits for a JavaScript condition."""
     from browser import wait
@@ -179,34 +167,34 @@ def outside(tab):
 
 
 @built
-def test_pages_in_a_browser_on_a_phone(browser):
+def test_pages_in_a_browser_on_a_phone(tab):
     """Nothing from outside, nothing on the console, formulas typeset, text no wider than the screen."""
     wrong, formulas = {}, 0
     for path in PAGES:
-        browser.open(path.as_uri(), width=390, height=844)
-        if browser.run("'MathJax' in window"):
-            browser.run("MathJax.startup.promise.then(() => true)")
+        tab.open(path.as_uri(), width=390, height=844)
+        if tab.run("'MathJax' in window"):
+            tab.run("MathJax.startup.promise.then(() => true)")
         found = {
-            "outside": outside(browser),
-            "console": browser.complaints,
-            "bad formulas": browser.run("document.querySelectorAll('mjx-merror').length"),
-            "formulas not typeset": browser.run(
+            "outside": outside(tab),
+            "console": tab.complaints,
+            "bad formulas": tab.run("document.querySelectorAll('mjx-merror').length"),
+            "formulas not typeset": tab.run(
                 "[...document.querySelectorAll('.math')].filter(place => !place.querySelector('mjx-container')).length"
             ),
-            "too wide by": max(0, browser.run("document.documentElement.scrollWidth") - 390),
+            "too wide by": max(0, tab.run("document.documentElement.scrollWidth") - 390),
         }
-        formulas += browser.run("document.querySelectorAll('mjx-container').length")
+        formulas += tab.run("document.querySelectorAll('mjx-container').length")
         if found := {about: value for about, value in found.items() if value}:
             wrong[str(path.relative_to(SITE))] = found
     assert wrong == {} and formulas > 20
 
 
 @built
-def test_a_figure_answers_the_mouse(browser):
+def test_a_figure_answers_the_mouse(tab):
     """The mouse circles over a room until it meets an object, whose description appears."""
-    browser.open((SITE / "nbs" / "rooms" / "08_release.html").as_uri(), width=640, height=640)
-    until(browser, "document.querySelector('.plotly-figure .main-svg') !== null")
-    left, top, width, height = browser.run("""(() => {
+    tab.open((SITE / "nbs" / "rooms" / "08_release.html").as_uri(), width=640, height=640)
+    until(tab, "document.querySelector('.plotly-figure .main-svg') !== null")
+    left, top, width, height = tab.run("""(() => {
         const figure = document.querySelector('.plotly-figure');
         figure.on('plotly_hover', () => window.shown ||= figure.querySelector('.hovertext')?.textContent);
         figure.scrollIntoView({block: 'center', behavior: 'instant'});
@@ -216,8 +204,8 @@ def test_a_figure_answers_the_mouse(browser):
     for x, y in sorted(
         product(range(-20, 20), repeat=2), key=lambda at: at[0] ** 2 + at[1] ** 2
     ):  # in pixels / 10, from the middle outwards
-        browser.move(left + width / 2 + 10 * x, top + height / 2 + 10 * y)
-        if text := browser.run(
+        tab.move(left + width / 2 + 10 * x, top + height / 2 + 10 * y)
+        if text := tab.run(
             "new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn))).then(() => "
             "window.shown || '')"
         ):
@@ -226,7 +214,7 @@ def test_a_figure_answers_the_mouse(browser):
 
 
 @built
-def test_search_works_without_a_server(browser):
-    browser.open((SITE / "search.html").as_uri() + "?q=intersection")
-    until(browser, "document.querySelectorAll('#search-results li a').length > 0")
-    assert browser.complaints == outside(browser) == []
+def test_search_works_without_a_server(tab):
+    tab.open((SITE / "search.html").as_uri() + "?q=intersection")
+    until(tab, "document.querySelectorAll('#search-results li a').length > 0")
+    assert tab.complaints == outside(tab) == []

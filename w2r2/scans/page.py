@@ -99,7 +99,7 @@ main{display:grid;grid-template-columns:minmax(0,3fr) minmax(0,2fr);gap:10px;pad
 #place{position:relative;overflow:hidden;height:min(78vh,760px);border:1px solid var(--line);background:#fff}
 #scene{position:absolute;inset:0}#over{position:absolute;left:0;top:0;pointer-events:none}
 #views{display:grid;grid-template-columns:1fr 1fr;gap:8px;max-height:min(78vh,760px);overflow:auto;align-content:start}
-#views figure{margin:0;border:2px solid transparent}#views figure.shows{border-color:#0a7dd1}
+#views figure{margin:0;border:2px solid transparent}#views figure.shows{border-color:#0a7dd1;order:-1}
 #views canvas{width:100%;display:block}figcaption{font-size:12px;color:var(--soft)}
 @media(max-width:700px){main{grid-template-columns:minmax(0,1fr)}#place{height:88vw}#views{max-height:none}}
 """
@@ -201,7 +201,8 @@ for (const text of D.texts) {
   const button = document.createElement("button");
   button.textContent = text; button.setAttribute("aria-pressed", text === picked);
   button.onclick = () => { picked = picked === text ? null : text;
-    for (const other of said.children) other.setAttribute("aria-pressed", other.textContent === picked); draw(); };
+    for (const other of said.children) other.setAttribute("aria-pressed", other.textContent === picked);
+    document.getElementById("views").scrollTop = 0; draw(); };
   said.append(button);
 }
 function layer(name, checked, mark, change) {
@@ -265,7 +266,8 @@ def scene_page(
             }
         )
     figure = scan_layers(scan, np.stack([frame.pose for frame in frames]))
-    figure.update_layout(height=None, autosize=True, showlegend=False, scene_camera_eye=dict.fromkeys("xyz", 1.4))
+    figure.update_layout(height=None, autosize=True, showlegend=False)
+    figure.update_layout(scene_camera={"eye": dict.fromkeys("xyz", 1.55), "center": {"x": 0, "y": 0, "z": -0.12}})
     for trace in figure.data:
         trace.visible = trace.name != "walls"
     texts = list(dict.fromkeys(drawn.text for drawn in boxes if drawn.text))
@@ -278,7 +280,7 @@ def scene_page(
             if np.isfinite(d.box).all()
         ],
         "texts": texts,
-        "picked": texts[0] if len(texts) > 1 and any(d.kind != "object" for d in boxes) else None,
+        "picked": texts[0] if texts and any(d.kind != "object" for d in boxes) else None,
         "kinds": KINDS,
     }
     content = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no text of it is a tag
