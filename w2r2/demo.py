@@ -150,7 +150,7 @@ select, input, button { font: inherit; padding: 0.4em 0.6em; max-width: 100%; bo
 table { border-collapse: collapse; display: block; overflow-x: auto; }
 td, th { padding: 0.15em 0.7em; text-align: right; }
 th:first-child { text-align: left; white-space: nowrap; }
-@media (max-width: 30em) { table { font-size: 0.8em; } td, th { padding: 0.15em 0.25em; } }
+@media (max-width: 30em) { table { font-size: 0.8em; } td, th { padding: 0.15em 0.2em; } }
 iframe { width: 100%; height: 80vh; border: 1px solid #8888; background: white; }
 [hidden] { display: none; }
 </style></head><body><h1>Where, not what</h1>
