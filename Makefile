@@ -32,10 +32,11 @@ repro: $(READY) ## the main job: regenerate everything that dvc.yaml describes i
 	dvc repro
 	w2r2 verdict reports --reports build/reports
 
-reference: $(READY) ## rewrite the committed reports by this run (params.yaml: train.set: report for the runs that the tables are made of)
+reference: $(READY) ## rewrite the committed reports by this run (params.yaml: train.set: report for the runs that the tables are made of); reports/trial and its page stay
 	dvc repro
 	rm -f build/reports/verdict*
-	for kind in figures tables notebooks; do mkdir -p reports/$$kind && cp -r build/reports/$$kind/. reports/$$kind/; done
+	for kind in figures tables; do mkdir -p reports/$$kind && cp -r build/reports/$$kind/. reports/$$kind/; done
+	find build/reports/notebooks -name '*.ipynb' ! -name 45_trial.ipynb -exec cp {} reports/notebooks/ \;
 	cp build/reports/*.* reports/
 
 miniature: $(READY) ## the whole pipeline on a few scenes and for a few steps, in a copy at build/miniature

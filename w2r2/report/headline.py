@@ -50,8 +50,8 @@ def _best(
     val: pd.DataFrame,  # one setting
     reports: Path,  # named in the error
 ) -> str:
-    "The arm with the highest fused accuracy on val, other than plain fine-tuning and W2R2."
-    others = val[~val.arm.isin(ROLES) & ~val.arm.str.startswith("plain")]
+    "The arm with the highest fused accuracy on val, other than W2R2 and what trains as plain fine-tuning does."
+    others = val[~val.arm.isin([*ROLES, "literal"]) & ~val.arm.str.startswith("plain")]  # literal has no gradient
     if others.value.isna().all():
         raise ScanNetError(reports, "rows", "there is no other arm on val", "Make the reports again")
     return others.groupby("arm", sort=False).value.mean().idxmax()
