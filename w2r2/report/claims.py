@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from .intervals import contrast, in_points
 
 from ..metrics.statistics import Difference, wilson
-from .results import contrast, geometry_label, in_points, noisiest, select
+from .results import geometry_label, noisiest, select
 from ..scans.files import ScanNetError, regular_file
 from ..scans.geometry import box_iou
 from ..shipped import DATA

@@ -12,10 +12,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from .intervals import contrast
 
 from .claims import GAIN, LOSS, OPEN, judged
 from .figures import styled
-from .results import contrast, geometries, select
+from .results import geometries, select
 from .tables import as_long
 
 # %% ../../nbs/report/06_findings.ipynb #fd07484e

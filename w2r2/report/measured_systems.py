@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from .intervals import in_points
 
 from ..metrics.statistics import paired_difference
 from .claims import PENDING, SAID, STATUS_OF, Finding, judged
 from .grids import SHOWN
-from .results import in_points, select
+from .results import select
 from ..scans.tables import read_table
 
 # %% ../../nbs/report/09_measured_systems.ipynb #00000003

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from .intervals import cells, contrast
 
 from .grids import NOT_MEASURED, grid, measured, number_text, shown, source_text, span, write_table
 from .measured_systems import Systems, dashes, system_rows, systems_table
-from .results import cells, contrast, select
+from .results import select
 
 # %% ../../nbs/report/03_tables.ipynb #1b9e15c0
 OURS = (
