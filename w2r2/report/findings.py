@@ -12,10 +12,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from .intervals import contrast
+from .audit import GAIN, LOSS, OPEN, judged
 
-from .claims import GAIN, LOSS, OPEN, judged
 from .figures import styled
+from .intervals import contrast
 from .results import geometries, select
 from .tables import as_long
 
@@ -32,10 +32,10 @@ def against_plain(
     for noise, (where, together) in product(geometries(chosen.noise)[::-1], splits.items()):
         here = select(chosen, noise=noise, split=together)
         for arm, against in (
-            (arm, rival)
+            (arm, other)
             for arm, steps in here.groupby("arm", sort=False).steps.first().items()
             if not arm.startswith("plain")
-            for rival in as_long(here, arm, steps)
+            for other in as_long(here, arm, steps)
         ):
             d = contrast(here, {"arm": arm}, {"arm": against})
             if d is None:

@@ -13,11 +13,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from .intervals import cells, contrast
+from .audit import EQUAL, EQUIVALENCE, GAIN, LOSS, NO_GAIN, OPEN, judged
 
 from ..metrics.statistics import Difference
-from .claims import EQUAL, EQUIVALENCE, GAIN, LOSS, NO_GAIN, OPEN, hinge_gradient, judged, read_paper
+from .claims import hinge_gradient, read_paper
 from .figures import styled
+from .intervals import cells, contrast
 from .results import noisiest, read_results, select
 from .tables import at_defaults
 from ..scans.files import ScanNetError

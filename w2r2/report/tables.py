@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from .intervals import cells, contrast
 
 from .grids import NOT_MEASURED, grid, measured, number_text, shown, source_text, span, write_table
+from .intervals import cells, contrast
 from .measured_systems import Systems, dashes, system_rows, systems_table
 from .results import select
 
@@ -297,7 +297,7 @@ def write_all(
     paper: dict,
     terms: pd.DataFrame,  # from `w2r2.report.glossary.glossary`
     folder: str | Path,
-    audited: pd.DataFrame = None,  # from `w2r2.report.claims.audit`
+    audited: pd.DataFrame = None,  # from `w2r2.report.audit.audit`
     timing: pd.DataFrame = None,  # from nbs/bench/step_cost.ipynb
     systems: Systems | None = None,  # from nbs/bench/systems.ipynb, see `w2r2.report.measured_systems.read_systems`
 ) -> dict[str, pd.DataFrame]:  # name -> grid

@@ -19,11 +19,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 from scipy.stats import t as student
-from .intervals import PAIRED
+from .audit import EQUIVALENCE
 
 from ..machine import alike
-from .claims import EQUIVALENCE, REPRODUCED, read_paper
+from .claims import REPRODUCED, read_paper
 from .grids import to_markdown
+from .intervals import PAIRED
 from .results import CELL, COLUMNS, DIALS, noisiest, read_results, select
 from ..scans.files import ScanNetError
 from ..scans.tables import read_table
