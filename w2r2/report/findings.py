@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from .audit import GAIN, LOSS, OPEN, judged
 
+from .audit import GAIN, LOSS, OPEN, judged
 from .figures import styled
 from .intervals import contrast
 from .results import geometries, select
