@@ -10,8 +10,8 @@ from urllib.parse import unquote, urlsplit
 
 import pandas as pd
 import pytest
-from w2r2.report.intervals import contrast, in_points
 
+from w2r2.report.intervals import contrast, in_points
 from w2r2.study.push_trial import read_trial
 
 ROOT = Path(__file__).parents[1]

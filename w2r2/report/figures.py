@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from .intervals import cells
 
+from .intervals import cells
 from .results import geometry_label, select
 from .tables import at_defaults
 from ..shipped import HOME

@@ -13,9 +13,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from .audit import EQUAL, EQUIVALENCE, GAIN, LOSS, NO_GAIN, OPEN, judged
 
 from ..metrics.statistics import Difference
+from .audit import EQUAL, EQUIVALENCE, GAIN, LOSS, NO_GAIN, OPEN, judged
 from .claims import hinge_gradient, read_paper
 from .figures import styled
 from .intervals import cells, contrast

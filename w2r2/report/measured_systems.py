@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from .audit import SAID, STATUS_OF, judged
 
 from ..metrics.statistics import paired_difference
+from .audit import SAID, STATUS_OF, judged
 from .claims import PENDING, Finding
 from .grids import SHOWN
 from .intervals import in_points
