@@ -13,7 +13,7 @@ from campaign import answered
 
 from w2r2.report.headline import headline
 from w2r2.report.results import BY_SCENE, invented, read_results, write_results
-from w2r2.report.verdict import judge_recomputed
+from w2r2.report.verdict_statements import judge_recomputed
 from w2r2.scans.files import ScanNetError
 from w2r2.scans.stores import MANIFEST, seal, write_store
 from w2r2.study.full_settings import read_full_settings

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pandas as pd
 import pytest
 
-from w2r2.report.results import contrast, in_points
+from w2r2.report.intervals import contrast, in_points
 from w2r2.study.push_trial import read_trial
 
 ROOT = Path(__file__).parents[1]

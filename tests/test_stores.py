@@ -10,7 +10,7 @@ import training
 from w2r2.model.features import Features, Queries
 from w2r2.scans.files import ScanNetError
 from w2r2.scans.prepared import Prepared, prepare
-from w2r2.study.evaluation import propose_all, read_proposed
+from w2r2.study.truth import propose_all, read_proposed
 from w2r2.study.watch import gather_candidates
 from w2r2.tasks.candidates import Candidates
 

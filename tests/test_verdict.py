@@ -8,7 +8,9 @@ import pytest
 
 from w2r2.cli import main
 from w2r2.report.results import invented
-from w2r2.report.verdict import CHANGED, DIFFERENT, IDENTICAL, MISSING, report_verdict, write_verdict
+from w2r2.report.verdict import report_verdict, write_verdict
+from w2r2.report.verdict_cells import DIFFERENT, IDENTICAL, MISSING
+from w2r2.report.verdict_statements import CHANGED
 
 MACHINE = {"probes": {"sum": "1"}, "versions": {"torch": "2"}}
 OTHER = {"probes": {"sum": "2"}, "versions": {"torch": "2"}}

@@ -30,8 +30,8 @@ from w2r2.model.features import Features, Queries
 from w2r2.model.packing import Packer
 from w2r2.scans.files import ScanNetError, naming
 from w2r2.scans.prepared import Prepared
-from w2r2.study.evaluation import propose_all, read_proposed
 from w2r2.study.jobs import Job, execute
+from w2r2.study.truth import propose_all, read_proposed
 from w2r2.study.watch import gather_candidates
 from w2r2.tasks.candidates import Candidates
 

@@ -27,8 +27,8 @@ from w2r2.scans.ply import read_ply
 from w2r2.scans.prepared import Prepared
 from w2r2.scans.sens import Sens, write_sens
 from w2r2.scans.stores import check_store
-from w2r2.study.evaluation import propose_all, read_proposed
 from w2r2.study.jobs import Job, execute
+from w2r2.study.truth import propose_all, read_proposed
 from w2r2.study.watch import gather_candidates
 from w2r2.tasks.candidates import Candidates
 from w2r2.tasks.proposals import read_proposals

@@ -17,7 +17,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from .results import cells, geometry_label, select
+from .intervals import cells
+from .results import geometry_label, select
 from .tables import at_defaults
 from ..shipped import HOME
 
@@ -153,7 +154,7 @@ def overview() -> Figure:
 
 # %% ../../nbs/report/05_figures.ipynb #9f92c00d
 def conditions(
-    figures: pd.DataFrame,  # from `w2r2.report.results.cells`; not empty
+    figures: pd.DataFrame,  # from `w2r2.report.intervals.cells`; not empty
 ) -> str:
     "Noise, refinement, seeds and kind of interval of the numbers in a figure, in words."
     noise, refined = (

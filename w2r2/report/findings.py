@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .claims import GAIN, LOSS, OPEN, judged
+from .audit import GAIN, LOSS, OPEN, judged
 from .figures import styled
-from .results import contrast, geometries, select
+from .intervals import contrast
+from .results import geometries, select
 from .tables import as_long
 
 # %% ../../nbs/report/06_findings.ipynb #fd07484e
@@ -31,10 +32,10 @@ def against_plain(
     for noise, (where, together) in product(geometries(chosen.noise)[::-1], splits.items()):
         here = select(chosen, noise=noise, split=together)
         for arm, against in (
-            (arm, rival)
+            (arm, other)
             for arm, steps in here.groupby("arm", sort=False).steps.first().items()
             if not arm.startswith("plain")
-            for rival in as_long(here, arm, steps)
+            for other in as_long(here, arm, steps)
         ):
             d = contrast(here, {"arm": arm}, {"arm": against})
             if d is None:

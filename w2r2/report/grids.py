@@ -45,7 +45,7 @@ RANGES = {
 
 
 def shown(
-    figures: pd.DataFrame,  # from `w2r2.report.results.cells`
+    figures: pd.DataFrame,  # from `w2r2.report.intervals.cells`
 ) -> pd.DataFrame:  # SHOWN and refined
     "Benchmark figures in percent; intervals within what the number can be."
     scale = np.where(figures.task.isin(["scanrefer", "scan2cap", "scanqa"]), 100, 1)
@@ -71,7 +71,7 @@ NOT_MEASURED = "not yet measured here"
 
 
 def measured(
-    figures: pd.DataFrame,  # from `w2r2.report.results.cells`
+    figures: pd.DataFrame,  # from `w2r2.report.intervals.cells`
     **where,  # choice of cells, as in `select`
 ) -> list[dict]:  # one dict for each cell found; without any, one that says so
     "The measured numbers that fit, as `shown`."

@@ -15,9 +15,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..metrics.statistics import Difference
-from .claims import EQUAL, EQUIVALENCE, GAIN, LOSS, NO_GAIN, OPEN, hinge_gradient, judged, read_paper
+from .audit import EQUAL, EQUIVALENCE, GAIN, LOSS, NO_GAIN, OPEN, judged
+from .claims import hinge_gradient, read_paper
 from .figures import styled
-from .results import cells, contrast, noisiest, read_results, select
+from .intervals import cells, contrast
+from .results import noisiest, read_results, select
 from .tables import at_defaults
 from ..scans.files import ScanNetError
 from ..scans.tables import read_table

@@ -14,9 +14,11 @@ import numpy as np
 import pandas as pd
 
 from ..metrics.statistics import paired_difference
-from .claims import PENDING, SAID, STATUS_OF, Finding, judged
+from .audit import SAID, STATUS_OF, judged
+from .claims import PENDING, Finding
 from .grids import SHOWN
-from .results import in_points, select
+from .intervals import in_points
+from .results import select
 from ..scans.tables import read_table
 
 # %% ../../nbs/report/09_measured_systems.ipynb #00000003
@@ -166,7 +168,7 @@ def compare_systems_claim(answers: pd.DataFrame, metric: str, a: dict, b: dict |
 
 def audit_systems(
     systems: Systems | None,
-) -> pd.DataFrame:  # as from `w2r2.report.claims.audit`
+) -> pd.DataFrame:  # as from `w2r2.report.audit.audit`
     "What became of each statement about systems."
     link, rows = "report/09_measured_systems.ipynb#statements-about-systems", []
     for name, where, says, metric, a, b in SYSTEM_CLAIMS:

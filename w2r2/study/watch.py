@@ -23,8 +23,8 @@ from ..scans.prepared import Prepared
 from ..scans.scan import Scan
 from ..shipped import DATA
 from .diagnose import PASSES
-from .evaluation import Truth
 from .predict import answer
+from .truth import Truth
 from ..tasks.candidates import PLACES, Candidates, true_proposals
 from ..tasks.proposals import Proposals, propose_views
 
