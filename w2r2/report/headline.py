@@ -18,7 +18,7 @@ from ..metrics.statistics import Difference
 from .audit import EQUAL, EQUIVALENCE, GAIN, LOSS, NO_GAIN, OPEN, judged
 from .claims import hinge_gradient, read_paper
 from .figures import styled
-from .intervals import cells, contrast
+from .intervals import cells, contrast, scene_rows
 from .results import noisiest, read_results, select
 from .tables import at_defaults
 from ..scans.files import ScanNetError
@@ -215,7 +215,7 @@ def headline_comparisons(
         "2d": w2r2[w2r2["pass"] == "2d"],
         "best": best[best["pass"] == "fused"],
         "longer": _in_points(longer),
-        "over": "scenes and seeds" if longer.n > noisy[noisy.arm == "plain long"].seed.nunique() else "seeds",
+        "over": "seeds" if scene_rows(noisy[noisy.arm.isin(["plain", "plain long"])]) is None else "scenes and seeds",
         "times": steps["plain long"] / steps["plain"],
         "shifted": _first(select(compared, where="shifted"), reports, "intervention long, shifted"),
         "same": _first(select(compared, where="test"), reports, "intervention long, test"),
