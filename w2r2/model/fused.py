@@ -23,6 +23,7 @@ from .imvoxelnet import ImVoxelNet
 from .packing import Layout, block_mask
 from .two_hop import TwoHop
 from .video_3d_llm import ObjectPicker
+from .word_picker import WordPicker
 
 # %% ../../nbs/model/04_fused.ipynb #1fb73cee
 @strict
@@ -44,7 +45,7 @@ class FusedConfig(PreTrainedConfig):
     embedding_additions: bool = False  # see `Additions`
     candidates: bool = False  # is shown candidate boxes, and answers descriptions by picking one
     hops: int = 3  # of the relations that a pick reads, see `w2r2.model.two_hop.TwoHop`
-    picker: str = "two-hop"  # how it picks; or "infonce", see `w2r2.model.video_3d_llm.ObjectPicker`
+    picker: str = "two-hop"  # how it picks; or "words": `w2r2.model.word_picker`, "infonce": `w2r2.model.video_3d_llm`
     answer_token_id: int | None = None  # the next three are needed by the additions
     first_bin: int | None = None  # id of the first token of `w2r2.tasks.answers.Bins`
 
@@ -152,7 +153,7 @@ class FusedVLM(PreTrainedModel):
         self.new_phi()
         self.additions = Additions(config) if config.embedding_additions else None
         self.candidate_tokens = CandidateTokens(config.text_config.hidden_size) if config.candidates else None
-        self.two_hop = self.object_picker = None
+        self.two_hop = self.word_picker = self.object_picker = None
         if config.candidates:
             self.new_picker()
         self.post_init()
@@ -169,10 +170,12 @@ class FusedVLM(PreTrainedModel):
     def new_picker(self):
         "The part that picks, untrained; raises ValueError for one that is not known."
         hidden = self.config.text_config.hidden_size
-        if self.config.picker not in ("two-hop", "infonce"):
-            raise ValueError(f"no picker {self.config.picker!r}; use two-hop or infonce")
+        if self.config.picker not in ("two-hop", "words", "infonce"):
+            raise ValueError(f"no picker {self.config.picker!r}; use two-hop, words or infonce")
         if self.config.picker == "infonce":
             self.object_picker = ObjectPicker(hidden)
+        elif self.config.picker == "words":
+            self.word_picker = WordPicker(hidden)
         else:
             self.two_hop = TwoHop(hidden, self.config.hops)
 
@@ -249,6 +252,10 @@ class FusedVLM(PreTrainedModel):
         shortcut = torch.as_tensor(shortcut, device=f2d.device).expand(len(f2d))
         return self.fusion(f2d.to(self.dtype), geometry, place, visual_index >= 0, shortcut)
 
+    def _names(self, words: torch.Tensor) -> torch.Tensor:
+        "(B, C) tokens of classes to (B, C, hidden) embeddings; 0 for -1, a candidate without a class."
+        return self.vlm.model.language_model.embed_tokens(words.clamp(min=0)) * (words >= 0)[..., None]
+
     def embed(
         self, input_ids, position_ids, segment, visual_index, f2d, geometry, shortcut, shown=None, volume=None
     ) -> torch.Tensor:
@@ -263,8 +270,7 @@ class FusedVLM(PreTrainedModel):
         if self.additions is not None:
             tokens = tokens + self.additions.visual(visual_index.clamp(min=0))
         if shown is not None:
-            words = self.vlm.model.language_model.embed_tokens(shown["words"].clamp(min=0))
-            words = words * (shown["words"] >= 0)[..., None]
+            words = self._names(shown["words"])
             added = self.candidate_tokens(shown["f2d"], shown["place"], words, shown["scores"], shortcut)
             tokens = torch.cat([tokens, added.to(tokens)], 1)
             valid = torch.nn.functional.pad(valid, (0, added.shape[1]), value=True)
@@ -297,13 +303,16 @@ class FusedVLM(PreTrainedModel):
         def spread(values):
             return values.new_zeros(len(pick), int(counts.max()), *values.shape[1:]).index_put((scene, rank), values)
 
-        scores = self.two_hop(
+        picker, seen = self.two_hop, shown["f2d"].to(hidden)
+        if self.word_picker is not None:  # reads the class that a detector gave, too
+            picker, seen = self.word_picker, seen + self._names(shown["words"])
+        scores = picker(
             spread(hidden[scene, at]),
             spread(words),
             spread(hidden[scene[:, None], column]),
             spread(real),
             hidden[last].view(*shown["boxes"].shape[:2], -1),
-            shown["f2d"].to(hidden),
+            seen,
             shown["boxes"],
             shortcut,
         )
