@@ -28,6 +28,7 @@ GLOSSARY = {
         "candidate": "a box that can be picked: a true box, one of a detector, or one that depth shows",
         "one hop, two hops": "a candidate is picked by how well it fits the words alone (one hop), or also by how it "
         "is placed relative to other objects that the words name (two hops)",
+        "by words": "a candidate is picked as with two hops, but every word of the description may name an object",
         "2D first": "for the first half of its training a model has images alone; geometry comes in the second half",
         "proposal": "a box that looks like some object, found without knowing the description",
         "regime": "what a model is trained on: a kind of geometry, or all, few (scarce) or biased descriptions",
