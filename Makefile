@@ -59,9 +59,9 @@ campaign: $(READY) ## damaged files to every reader, faults at writes, kills of 
 	papermill --engine w2r2 --cwd nbs/bench --no-progress-bar nbs/bench/campaign.ipynb nbs/bench/campaign.ipynb
 	nbdev_clean
 
-systems: $(READY) ## every system of Tables 1 and 2 on 200 queries, with 3D and without: the page nbs/bench/systems.ipynb, rows in reports/systems
+systems: $(READY) ## every system of Tables 1 and 2 on 200 queries, with 3D and without, and its geometry card: the pages systems and cards of nbs/bench, rows in reports/systems
 	dvc repro prepare
-	papermill --engine w2r2 --stderr-file /dev/stderr --no-progress-bar nbs/bench/systems.ipynb nbs/bench/systems.ipynb
+	for page in systems cards; do papermill --engine w2r2 --stderr-file /dev/stderr --no-progress-bar nbs/bench/$$page.ipynb nbs/bench/$$page.ipynb || exit 1; done
 	nbdev_clean
 
 SIZE ?= Qwen2.5-VL-3B

@@ -1,4 +1,4 @@
-"""The page of all systems, in miniature: a few steps of training, a few queries."""
+"""The pages of all systems, in miniature: a few steps of training, a few queries."""
 
 import os
 import subprocess
@@ -8,36 +8,43 @@ import pandas as pd
 
 from w2r2.report.measured_systems import audit_systems, read_systems
 from w2r2.rooms import release as rooms
+from w2r2.systems.cards import CARD_MEASURES
 
 ROOT = Path(__file__).parents[1]
-VLMS = "rooms,oracle,random"
+# without an answer before and after there is no slope, and a reader that answers all leaves nothing that is hard
+MAY_LACK = {"slope, moved", "slope, scaled", "needs geometry", "all of an object"}
+ROWS = {"VG-LLM", "W2R2 LLM", "Video-3D LLM", "SPAR", "SeqVLM", "VLM-Grounder", "SeeGround"}
 
 
-def test_every_system_answers_on_one_page(tmp_path):
-    rooms.build(tmp_path / "rooms", "train", share=6 / 1400)
-    rooms.build(tmp_path / "rooms", "test", share=2 / 150)
-    command = [
-        "papermill",
-        "--engine",
-        "w2r2",
-        "--no-progress-bar",
-        "nbs/bench/systems.ipynb",
-        str(tmp_path / "page.ipynb"),
-    ]
-    given = {"params": "params.ci.yaml", "root": tmp_path / "rooms", "folder": tmp_path / "build"}
-    given |= {"reports": tmp_path / "reports", "vlms": VLMS}
-    for name, value in given.items():
-        command += ["-r", name, str(value)]
-    for name, value in {"queries": 8, "scenes": 2, "others": 2, "workers": 1}.items():
-        command += ["-p", name, str(value)]
+def execute_page(name, tmp_path, words, numbers):
+    command = ["papermill", "--engine", "w2r2", "--no-progress-bar", f"nbs/bench/{name}.ipynb"]
+    command.append(str(tmp_path / f"{name}.ipynb"))
+    given = {"root": tmp_path / "rooms", "folder": tmp_path / "build", "reports": tmp_path / "reports"} | words
+    for flag, values in (("-r", given), ("-p", numbers | {"workers": 1})):
+        for key, value in values.items():
+            command += [flag, key, str(value)]
     environment = os.environ | {"MATPLOTLIBRC": str(ROOT / "matplotlibrc"), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_every_system_answers_on_one_page_and_has_a_card_on_the_next(tmp_path):
+    rooms.build(tmp_path / "rooms", "train", share=6 / 1400)
+    rooms.build(tmp_path / "rooms", "test", share=2 / 150)
+    execute_page("systems", tmp_path, {"params": "params.ci.yaml"}, {"queries": 8, "scenes": 2, "others": 2})
     systems = read_systems(tmp_path / "reports")
-    rows = {"VG-LLM", "W2R2 LLM", "Video-3D LLM", "SPAR"} | ({"SeqVLM", "VLM-Grounder", "SeeGround"} if VLMS else set())
-    assert set(systems.answers.row) == set(systems.figures.row) == rows
-    each = systems.answers.fillna({"vlm": ""}).groupby(["row", "about", "vlm", "inputs"]).size()
+    assert set(systems.answers.row) == set(systems.figures.row) == ROWS
+    each = systems.answers.groupby(["row", "about", "vlm", "inputs", "seed"], dropna=False).size()
     assert each.nunique() == 1 and 1 <= each.iloc[0] <= 8
     assert systems.figures.value.isna().equals(systems.figures.why != "")
-    assert len(audit_systems(systems)) == 8 and len(list((tmp_path / "build/traces").glob("*.html"))) == len(rows)
+    seeds = systems.figures.groupby(["row", "vlm"]).seeds.max()
+    assert seeds["VG-LLM", ""] == 2 and seeds["SPAR", ""] == 1 and seeds.isna().sum() == 3 * 3
+    assert len(audit_systems(systems)) == 8 and len(list((tmp_path / "build/traces").glob("*.html"))) == len(ROWS)
     assert pd.read_csv(tmp_path / "reports/figures.csv").metric.nunique() == 7
+
+    execute_page("cards", tmp_path, {}, {"queries": 6, "scenes": 2})
+    cards = pd.read_csv(tmp_path / "reports/cards.csv")
+    assert {name.partition(":")[0] for name in cards.system} == ROWS and cards.system.nunique() == 8
+    made = cards.groupby("system").measure.agg(set)
+    assert all(set(CARD_MEASURES) - measures <= MAY_LACK for measures in made), made
+    assert len(list((tmp_path / "build/cards").glob("*/card.html"))) == 8

@@ -1,6 +1,7 @@
 """The zero-shot systems, answered by a script that knows the truth, by one that never decides, and by one that errs."""
 
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -76,6 +77,7 @@ def test_seqvlm_never_asks_more_than_the_original(scan, monkeypatch):
         answer = system.ground(scan, ["a chair"])[0]
         assert sum(step.kind == "select" for step in answer.trace) == most, count
         assert np.isnan(answer.box).all() == (count == 0)
+    assert system.most_calls == 1 + 14  # with the question what the description names
     system.vlm = Script("chair", lambda options: -1)  # none of any group
     answer = system.ground(scan, ["a chair"])[0]
     assert sum(step.kind == "select" for step in answer.trace) == 10 and np.isnan(answer.box).all()
@@ -213,6 +215,7 @@ def test_a_system_asks_a_server_by_the_command(scan, server, system, tmp_path, c
     ]
     assert main([*command, "--json"]) == 0
     said, calls = capsys.readouterr(), len(asked)
+    assert calls <= int(re.match(r"at most (\d+) questions to endpoint:", said.err)[1])
     box = json.loads(said.out)[0]["box"]
     assert aligned_iou(np.array(box), scan.boxes[scan.labels.index("sofa")]) > 0.25 and calls >= 1
     assert main([*command, "--json"]) == 0 and len(asked) == calls  # out of the store

@@ -75,8 +75,12 @@ def ground_by_system(
     "Ask a system; raises ValueError for a server without an answer."
     if page and len(texts) > 1:
         raise ValueError(f"--page shows the way to one answer; give one description, not {len(texts)}")
+    asked = system_from(system.value, **made)
+    if most := getattr(asked, "most_calls", None):
+        once = "asked again up to twice if its answer cannot be read"
+        print(f"at most {most * len(texts)} questions to {asked.vlm.name}, each {once}", file=sys.stderr)
     with scan, looking(scan.scene_id):
-        answers = system_from(system.value, **made).ground(scan, texts, inputs)
+        answers = asked.ground(scan, texts, inputs)
     say_boxes(texts, [answer.box for answer in answers], as_json)
     print(f"{sum(step.calls for answer in answers for step in answer.trace)} calls of the model", file=sys.stderr)
     if page:

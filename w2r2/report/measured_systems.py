@@ -30,8 +30,8 @@ TRUE_BOXES = "true boxes"  # what a contender that picks among the annotated box
 class Systems(NamedTuple):
     "What a comparison of systems left."
 
-    answers: pd.DataFrame  # row, system, about, vlm, inputs, scene, object, ann_id, iou, calls, seconds
-    figures: pd.DataFrame  # row, system, about, vlm, inputs, task, metric, protocol, n, scenes, value, low, high, why
+    answers: pd.DataFrame  # see `w2r2.systems.comparison_figures.ANSWER_COLUMNS`
+    figures: pd.DataFrame  # see `w2r2.systems.comparison_figures.FIGURE_COLUMNS`
 
 
 def read_systems(
@@ -42,8 +42,9 @@ def read_systems(
     if not folder.is_dir():
         return None
     needed = {
-        "answers": ["row", "about", "vlm", "inputs", "scene", "ann_id", "iou"],
-        "figures": ["row", "about", "vlm", "inputs", "task", "metric", "protocol", "n", "value", "low", "high", "why"],
+        "answers": ["row", "about", "vlm", "inputs", "seed", "scene", "object", "ann_id", "iou"],
+        "figures": ["row", "about", "vlm", "inputs", "task", "metric", "protocol", "n", "scenes", "seeds"]
+        + ["value", "low", "high", "why"],
     }
     for name, columns in needed.items():
         words = ["row", "system", "about", "vlm", "inputs", "scene", "task", "metric", "protocol", "why"]
@@ -59,6 +60,12 @@ def stands_for(row: dict) -> str:
     return f"here: {', '.join(parts)}"
 
 
+def _over(figure: dict) -> str:
+    if figure["low"] != figure["low"]:
+        return "none"
+    return "scenes and seeds" if figure["seeds"] > 1 else "scenes"
+
+
 def system_rows(
     systems: Systems | None,
     row: str,  # of the paper
@@ -72,10 +79,9 @@ def system_rows(
     found = found[(found.inputs != FUSED_INPUTS) == flat]
     return [
         dict.fromkeys([*SHOWN, "refined"], np.nan)
-        | {name: given[name] for name in ("metric", "task", "protocol", "n")}
+        | {name: given[name] for name in ("metric", "task", "protocol", "n", "seeds")}
         | {name: 100 * given[name] for name in ("value", "low", "high")}
-        | {"split": "test", "interval": "scenes" if given["low"] == given["low"] else "none"}
-        | {"seeds": np.nan if given["vlm"] else 1, "stands": stands_for(given)}
+        | {"split": "test", "interval": _over(given), "stands": stands_for(given)}
         for given in found.to_dict("records")
     ]
 
@@ -93,7 +99,7 @@ def dashes(systems: Systems | None) -> str:
 
 def systems_table(systems: Systems) -> pd.DataFrame:
     "Every figure of every variant, for one grid: shares in percent, calls as they are, milliseconds."
-    figures = systems.figures.assign(interval="scenes", seeds=np.where(systems.figures.vlm == "", 1, np.nan))
+    figures = systems.figures.assign(interval=list(map(_over, systems.figures.to_dict("records"))))
     figures["metric"] = figures.metric.replace("seconds per query", "ms per query")
     scale = figures.metric.map({"calls per query": 1, "ms per query": 1000}).fillna(100)
     for name in ("value", "low", "high"):
@@ -129,18 +135,27 @@ SYSTEM_CLAIMS = (  # id, where, what the paper says, metric, one side, the other
 )
 
 
-def _sides(answers: pd.DataFrame, metric: str) -> dict[tuple, pd.Series]:
-    "Whether each query was answered right: row, about, VLM and inputs -> by scene and description."
+_QUERY = ["scene", "object", "ann_id"]
+
+
+def _sides(answers: pd.DataFrame, metric: str) -> dict[tuple, pd.DataFrame]:
+    "Whether each query was answered right by each seed: row, about, VLM and inputs -> _QUERY, seed, right."
     right = answers.assign(right=(answers.iou >= float(metric.partition("@")[2])).astype(float))
-    keys = ["row", "about", "vlm", "inputs"]
     return {
-        name: own.set_index(["scene", "object", "ann_id"]).right.sort_index()
-        for name, own in right.groupby(keys, sort=False)
+        name: own[[*_QUERY, "seed", "right"]]
+        for name, own in right.groupby(["row", "about", "vlm", "inputs"], sort=False)
     }
 
 
-def _best(sides: dict[tuple, pd.Series], wanted) -> tuple | None:
-    return max((name for name in sides if wanted(*name)), key=lambda name: sides[name].mean(), default=None)
+def _best(sides: dict[tuple, pd.DataFrame], wanted) -> tuple | None:
+    return max((name for name in sides if wanted(*name)), key=lambda name: sides[name].right.mean(), default=None)
+
+
+def _pairs(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:  # _QUERY, seed, right, right_other
+    "Both sides, query by query and seed by seed; a side without seeds stands beside every seed of the other."
+    seeded = one.seed.notna().all() and other.seed.notna().all()
+    pairs = one.merge(other, on=[*_QUERY, "seed"] if seeded else _QUERY, suffixes=("", "_other"))
+    return pairs if seeded else pairs.assign(seed=pairs.seed.fillna(pairs.seed_other))
 
 
 def compare_systems_claim(answers: pd.DataFrame, metric: str, a: dict, b: dict | str) -> Finding:
@@ -153,16 +168,21 @@ def compare_systems_claim(answers: pd.DataFrame, metric: str, a: dict, b: dict |
         second = first and _best(sides, lambda *name: name[:3] == first[:3] and name[3] != FUSED_INPUTS)
     if first is None or second is None:
         return Finding(PENDING, f"no answers of {a['row'] if first is None else 'another system'}")
-    one, other = sides[first], sides[second]
-    d = paired_difference(one.to_numpy(), other.to_numpy(), one.index.get_level_values("scene").to_numpy())
+    pairs = _pairs(sides[first], sides[second])
+    seeds = pairs.seed.nunique()
+    d = paired_difference(
+        pairs.right, pairs.right_other, pairs.scene.to_numpy(), pairs.seed.to_numpy() if seeds > 1 else None
+    )
+    one, other = pairs.right.mean(), pairs.right_other.mean()
     word = judged(d.low, d.high)
     said = [f"{stands_for(dict(zip(('row', 'about', 'vlm', 'inputs'), name)))[6:]}" for name in (first, second)]
-    share = f"; without 3D it keeps {100 * other.mean() / one.mean():.0f} %" if b != "best other" and one.mean() else ""
+    share = f"; without 3D it keeps {100 * other / one:.0f} %" if b != "best other" and one else ""
+    asked = f"{len(pairs) // max(1, seeds)} descriptions, {pairs.scene.nunique()} scenes"
     return Finding(
         STATUS_OF[word],
-        f"{first[0]} ({said[0]}) {100 * one.mean():.1f} minus {second[0]} ({said[1]}"
-        f"{'' if second[3] == FUSED_INPUTS else ', without 3D'}) {100 * other.mean():.1f}: {in_points(d)}"
-        f"{SAID.get(word, '')}; {len(one)} descriptions, {one.index.get_level_values('scene').nunique()} scenes{share}",
+        f"{first[0]} ({said[0]}) {100 * one:.1f} minus {second[0]} ({said[1]}"
+        f"{'' if second[3] == FUSED_INPUTS else ', without 3D'}) {100 * other:.1f}: {in_points(d)}"
+        f"{SAID.get(word, '')}; {asked}{f', {seeds} seeds' * (seeds > 1)}{share}",
     )
 
 

@@ -31,6 +31,7 @@ class CardLine:
     question: str
     figures: dict[str, Interval]  # a share, or a slope
     sentence: str
+    verdict: str = ""  # of a test that decides: "helps", "hurts"; "follows", "stays"; "lower", "higher"; else "open"
     source: str = ""
 
 
@@ -90,13 +91,20 @@ def _slope(moved: np.ndarray, asked: np.ndarray, groups: np.ndarray) -> Interval
     )
 
 
-def _follows(slope: Interval, what: str) -> str:
+def _follows(slope: Interval, what: str) -> tuple[str, str]:  # sentence, verdict
     ends = f"{slope.value:.2f} [{slope.low:.2f}, {slope.high:.2f}]"
     if slope.low > 0.5:
-        return f"{what} mostly goes with the geometry: slope {ends}, where 1 would follow it and 0 ignore it."
+        return (
+            f"{what} mostly goes with the geometry: slope {ends}, where 1 would follow it and 0 ignore it.",
+            "follows",
+        )
     if slope.high < 0.5:
-        return f"{what} mostly stays where it was: slope {ends}, where 1 would follow the geometry and 0 ignore it."
-    return f"Whether {what[0].lower() + what[1:]} goes with the geometry is open: slope {ends} between 0 (not) and 1."
+        return (
+            f"{what} mostly stays where it was: slope {ends}, where 1 would follow the geometry and 0 ignore it.",
+            "stays",
+        )
+    what = what[0].lower() + what[1:]
+    return f"Whether {what} goes with the geometry is open: slope {ends} between 0 (not) and 1.", "open"
 
 
 def make_card(
@@ -126,7 +134,7 @@ def make_card(
         elif isinstance(made := make(), str):
             missing[name] = made
         else:
-            tests.append(CardLine(name, question, *made, source))
+            tests.append(CardLine(name, question, *made, source=source))
 
     fused = right("2d+3d")
     whole = share(fused)
@@ -136,10 +144,10 @@ def make_card(
         def flat():
             value, gap = share(right(variant)), paired_difference(fused, right(variant), groups)
             ratio = f"{value.value / whole.value:.0%} of them" if whole.value else "nothing to compare"
-            told = {"more": "Geometry helps", "fewer": "Geometry hurts"}.get(_apart(gap), "Whether 3D helps is open")
-            return {"2D and 3D": whole, "2D only": value}, (
-                f"{told}: {_percent(whole)} right with it, {_percent(value)} without ({ratio})."
-            )
+            verdict = {"more": "helps", "fewer": "hurts"}.get(_apart(gap), "open")
+            told = "Whether 3D helps is open" if verdict == "open" else f"Geometry {verdict}"
+            sentence = f"{told}: {_percent(whole)} right with it, {_percent(value)} without ({ratio})."
+            return {"2D and 3D": whole, "2D only": value}, sentence, verdict
 
         name = "2D only" if variant == "2d" else f"2D only ({variant[2:].strip(': ')})"
         add(name, "What is left without 3D?", "arXiv 2510.17034, Table 1", [variant], flat)
@@ -167,7 +175,7 @@ def make_card(
         if not sum(map(len, rows)):
             return "no query is answered before and after"
         slope = _slope(np.concatenate(moved)[:, axes], np.concatenate(asked)[:, axes], np.concatenate(rows))
-        return {label: slope}, _follows(slope, what)
+        return {label: slope}, *_follows(slope, what)
 
     def centre(box):
         return box[:, :3]
@@ -211,11 +219,12 @@ def make_card(
 
         def destroyed():
             value, lost = share(right(name)), paired_difference(fused, right(name), groups)
-            told = {"more": "lower", "fewer": "higher"}.get(_apart(lost), "not clearly different")
-            return {"intact": whole, name: value}, (
-                f"{how}: accuracy is {told}, {_percent(value)} instead of {_percent(whole)}. "
-                + ("The system needs what was destroyed." if told == "lower" else "No use of it is shown.")
+            verdict = {"more": "lower", "fewer": "higher"}.get(_apart(lost), "open")
+            told = "not clearly different" if verdict == "open" else verdict
+            sentence = f"{how}: accuracy is {told}, {_percent(value)} instead of {_percent(whole)}. " + (
+                "The system needs what was destroyed." if verdict == "lower" else "No use of it is shown."
             )
+            return {"intact": whole, name: value}, sentence, verdict
 
         add(name, f"{how}: what is left?", source, [name], destroyed)
 

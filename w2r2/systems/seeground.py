@@ -33,6 +33,7 @@ class SeeGround:
     "See the top of this page for the algorithm and for what its variant takes away."
 
     variants = FUSED, "2d"
+    most_calls = 2  # questions that one description can cost
 
     def __init__(
         self,

@@ -55,6 +55,15 @@ class SeqVLM:
         self.vlm, self.proposals, self.detector = vlm, proposals, detector or RoomsDetector()
         self.views, self.batch, self.most, self.least, self.skip, self.seed = views, batch, most, least, skip, seed
 
+    @property
+    def most_calls(self) -> int:
+        "Questions that one description can cost."
+        calls, alive = 1, self.most
+        while alive > 1:
+            alive = -(-alive // self.batch)
+            calls += alive
+        return calls
+
     def ground(self, scan: Scan, texts: Sequence[str], inputs: str = FUSED) -> list[Grounding]:
         "One answer per description; raises ValueError for unknown inputs, `ScanNetError` as `Scan`."
         check_inputs(inputs, self.variants)

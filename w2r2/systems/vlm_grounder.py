@@ -48,6 +48,11 @@ class VLMGrounder:
         self.vlm, self.detector, self.segmenter = vlm, detector or RoomsDetector(), segmenter
         self.least, self.ensemble, self.retries, self.skip = least, ensemble, retries, skip
 
+    @property
+    def most_calls(self) -> int:
+        "Questions that one description can cost: what it names, the frames, a mark."
+        return 1 + self.retries + 1
+
     def ground(self, scan: Scan, texts: Sequence[str], inputs: str = FUSED) -> list[Grounding]:
         "One answer per description; raises ValueError for unknown inputs, `ScanNetError` as `Scan`."
         check_inputs(inputs, self.variants)
