@@ -28,7 +28,7 @@ else
 endif
 	@touch $@
 
-# Another DVC in the folder, a `dvc status` say, may hold DVC's lock just when a stage ends, and longer than DVC waits by itself.
+# When a stage ends, another DVC, `dvc status` say, may hold the folder's lock for longer than DVC waits by itself.
 REPRO := dvc --wait-for-lock repro
 
 repro: $(READY) ## the main job: regenerate everything that dvc.yaml describes in build/, then compare it with the committed reports

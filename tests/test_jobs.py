@@ -1,5 +1,5 @@
-"""What happens to workers when the program that started them ends, to the jobs when a worker does, and to a pipeline when
-another is started in its folder."""
+"""What happens to workers when the program that started them ends, to the jobs when a worker does, and to a pipeline
+when another is started in its folder."""
 
 import os
 import re
