@@ -28,12 +28,15 @@ else
 endif
 	@touch $@
 
+# When a stage ends, another DVC, `dvc status` say, may hold the folder's lock for longer than DVC waits by itself.
+REPRO := dvc --wait-for-lock repro
+
 repro: $(READY) ## the main job: regenerate everything that dvc.yaml describes in build/, then compare it with the committed reports
-	dvc repro
+	$(REPRO)
 	w2r2 verdict reports --reports build/reports
 
 reference: $(READY) ## rewrite the committed reports by this run (params.yaml: train.set: report for the runs that the tables are made of); reports/trial and its page stay
-	dvc repro
+	$(REPRO)
 	rm -f build/reports/verdict*
 	for kind in figures tables; do mkdir -p reports/$$kind && cp -r build/reports/$$kind/. reports/$$kind/; done
 	find build/reports/notebooks -name '*.ipynb' ! -name 45_trial.ipynb -exec cp {} reports/notebooks/ \;
@@ -43,7 +46,7 @@ miniature: $(READY) ## the whole pipeline on a few scenes and for a few steps, i
 	rm -rf build/miniature
 	mkdir -p build/miniature
 	git ls-files -co --exclude-standard -z | tar -c --null -T - | tar -x -C build/miniature
-	cd build/miniature && mv params.ci.yaml params.yaml && rm -f dvc.lock && dvc config core.no_scm true && dvc repro
+	cd build/miniature && mv params.ci.yaml params.yaml && rm -f dvc.lock && dvc config core.no_scm true && $(REPRO)
 
 test: $(READY) ## the library notebooks (nbdev_test), then what a notebook cannot show (pytest)
 	nbdev_test --n_workers 2
@@ -60,7 +63,7 @@ campaign: $(READY) ## damaged files to every reader, faults at writes, kills of 
 	nbdev_clean
 
 systems: $(READY) ## every system of Tables 1 and 2 on 200 queries, with 3D and without, and its geometry card: the pages systems and cards of nbs/bench, rows in reports/systems
-	dvc repro prepare
+	$(REPRO) prepare
 	for page in systems cards; do papermill --engine w2r2 --stderr-file /dev/stderr --no-progress-bar nbs/bench/$$page.ipynb nbs/bench/$$page.ipynb || exit 1; done
 	nbdev_clean
 

@@ -1,6 +1,8 @@
-"""What happens to workers when the program that started them ends, and to the jobs when a worker does."""
+"""What happens to workers when the program that started them ends, to the jobs when a worker does, and to a pipeline
+when another is started in its folder."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import dask
 import pytest
+import zc.lockfile
 from distributed import Client
 from joblib import Parallel, delayed
 
@@ -172,3 +175,64 @@ def test_the_environment_of_this_process_stays(counted):
     before = dict(os.environ)
     execute([Job("one", "counted:count", {"to": 1}, counted / "one")])
     assert dict(os.environ) == before
+
+
+STEP = """
+import sys, time
+from pathlib import Path
+
+name = sys.argv[1]
+with open("began", "a") as began: print(name, file=began)
+while name == "one" and not Path("go").exists(): time.sleep(0.05)
+Path(f"{name}.txt").write_text(name + (Path("one.txt").read_text() if name == "two" else ""))
+"""
+STAGES = """
+stages:
+  one: {cmd: "%(python)s step.py one", deps: [step.py], outs: [one.txt]}
+  two: {cmd: "%(python)s step.py two", deps: [one.txt], outs: [two.txt]}
+"""
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    "Two stages, of which the first waits for a file; run with the settings and the command of `make repro`."
+    (tmp_path / ".dvc").mkdir()
+    settings = (ROOT / ".dvc/config").read_text()
+    (tmp_path / ".dvc/config").write_text(settings.replace("[core]", "[core]\n    no_scm = true"))
+    (tmp_path / "step.py").write_text(STEP)
+    (tmp_path / "dvc.yaml").write_text(STAGES % {"python": sys.executable})
+    return tmp_path
+
+
+REPRO = re.search("^REPRO := dvc (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+REPRO[:0] = [sys.executable, "-m", "dvc"]
+
+
+def repro(folder):
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(REPRO, cwd=folder, stdout=log, stderr=log)
+    wait(lambda: (folder / "began").exists() or process.poll() is not None)
+    return process
+
+
+def test_a_second_pipeline_in_one_folder_is_refused_and_the_first_goes_on(pipeline):
+    first = repro(pipeline)
+    second = subprocess.run(REPRO, cwd=pipeline, capture_output=True, text=True)
+    assert second.returncode == 255, second.stderr
+    assert "is busy, it is being blocked by" in second.stderr and f"PID {first.pid}" in second.stderr
+    (pipeline / "go").touch()
+    assert first.wait() == 0, (pipeline / "log").read_text()
+    assert (pipeline / "began").read_text().split() == ["one", "two"]
+    assert (pipeline / "two.txt").read_text() == "twoone"
+
+
+def test_a_pipeline_waits_for_one_that_looks_at_its_folder(pipeline):
+    "Another holds DVC's lock while it compares files, which may take longer than DVC is willing to wait by itself."
+    first = repro(pipeline)
+    looking = zc.lockfile.LockFile(str(pipeline / ".dvc/tmp/lock"))
+    (pipeline / "go").touch()
+    wait((pipeline / "one.txt").exists)
+    time.sleep(5)
+    looking.close()
+    assert first.wait() == 0, (pipeline / "log").read_text()
+    assert (pipeline / "two.txt").read_text() == "twoone"

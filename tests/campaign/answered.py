@@ -220,9 +220,10 @@ def reply_units(data: bytes) -> dict:
     head, _, body = data.partition(b"\r\n\r\n")
     first, *lines = head.decode("ascii").split("\r\n")
     fields = once((line.split(":")[0].lower(), line.split(":", 1)[1].strip()) for line in lines)
-    if first.split(" ")[:2] != ["HTTP/1.1", "200"] or int(fields["content-length"]) > len(body):
+    size = int(fields.get("content-length", len(body)))  # without it, up to the end of the connection
+    if first.split(" ")[:2] != ["HTTP/1.1", "200"] or size > len(body):
         raise ValueError("reply")
-    said = strict(body[: int(fields["content-length"])])["choices"][0]["message"]["content"]
+    said = strict(body[:size])["choices"][0]["message"]["content"]
     try:
         said = strict(said[said.index("{") : said.rindex("}") + 1].encode())
         if not isinstance(said["target"], str) or not is_list_of_text(said["related"]):

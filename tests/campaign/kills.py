@@ -75,11 +75,11 @@ def in_cluster(tree: list[psutil.Process]) -> bool:
 
 
 def wait_for_write(folder: Path, process: subprocess.Popen, most: float = 20) -> tuple[str, str]:
-    "Where a process stopped that was about to write, or wrote; empty if none did in that time [s]."
+    "Where a process stopped that was about to write, or wrote; empty if none did in that time [s of processors]."
     (folder / "armed").touch()
-    end = time.monotonic() + most
-    while time.monotonic() < end and process.poll() is None:
-        time.sleep(0.02)
+    end = used(tree_of(process)) + most
+    while process.poll() is None and used(tree_of(process)) < end:
+        time.sleep(0.05)
         if (folder / "caught").is_file() and "\n" in (text := (folder / "caught").read_text()):
             return tuple(text.strip().split("\t"))
     return "", ""

@@ -2,6 +2,7 @@
 and its number. inputs.csv has a line for each reader, failures.jsonl one for each input that failed."""
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -200,6 +201,7 @@ def campaign(
         failures = [failure for found in tallies.values() for failure in found.failures]
         return pd.DataFrame([found.row() for found in tallies.values()]), failures
 
+    gc.freeze()  # a collection in a child need not go through all that was there before it
     last = time.monotonic()
     for _, target, numbers in sorted(plan, key=lambda part: part[0]):
         key = target.name, numbers[0], numbers[-1]

@@ -19,7 +19,7 @@ from campaign.mutators import on_bytes, on_json, on_lines, on_numbers
 from safetensors.torch import load_file
 
 from w2r2.metrics.prediction_files import load_predictions
-from w2r2.model.checkpoint import load, read_bins, read_config, read_tokenizer, save
+from w2r2.model.checkpoint import companions, load, read_bins, read_config, read_tokenizer, save
 from w2r2.model.features import Features, Queries
 from w2r2.scans.annotations import LabelImages, LabelTable, read_aggregation, read_scene_info, read_segments, read_split
 from w2r2.scans.frames import FrameFolder, export_frames
@@ -338,7 +338,8 @@ def read_model(folder: Path) -> dict:
 
 
 def read_parts(folder: Path) -> dict:
-    "What the small files of a model say, one at a time."
+    "What the small files of a model say, if they belong together."
+    companions(folder)
     config = read_config(folder).to_dict()
     backend = json.loads(read_tokenizer(folder).backend_tokenizer.to_str())
     read = {f"config.json {key}": told(value) for key, value in config.items()}
