@@ -1,6 +1,7 @@
 """The documented commands of the full size, at tiny size: records, fine-tuning on one process and, by `accelerate
-launch`, on two that share the model by FSDP, and evaluation."""
+launch`, on two that share the model by FSDP or DeepSpeed, and evaluation."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -53,15 +54,15 @@ def changes(folder: Path, name: str, *more: str) -> list[str]:
     return ["--config", str(ROOT / "params.scannet.yaml"), *(part for dial in dials for part in ("--set", dial))]
 
 
-def launched(processes: int, *command: str) -> subprocess.Popen:
-    "The documented launch; processes on the processor talk by gloo, and compute in single precision."
+def launched(processes: int, *command: str, config: str = "fsdp", precision: str = "no") -> subprocess.Popen:
+    "The documented launch; processes on the processor talk by gloo, and compute in single precision unless asked."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     accelerate = str(Path(sys.executable).parent / "accelerate")
-    options = ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", port]
+    options = ["--num_processes", str(processes), "--mixed_precision", precision, "--main_process_port", port]
     return subprocess.Popen(
-        [accelerate, "launch", "--config_file", LAUNCH_CONFIGS["fsdp"], *options, "-m", "w2r2.cli", *command],
+        [accelerate, "launch", "--config_file", LAUNCH_CONFIGS[config], *options, "-m", "w2r2.cli", *command],
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -71,7 +72,7 @@ def launched(processes: int, *command: str) -> subprocess.Popen:
 
 
 def finished(run: subprocess.Popen):
-    said, _ = run.communicate(timeout=300)
+    said, _ = run.communicate(timeout=1500)
     assert run.returncode == 0, said[-3000:]
 
 
@@ -96,20 +97,56 @@ def log_of(run: Path) -> list[dict]:
     return json.loads((run / "log.json").read_text())
 
 
-def weights_of(run: Path) -> dict:
-    return load_file(run / "model" / "model.safetensors")
+def weights_of(run: Path, file: str = "model.safetensors") -> dict:
+    return load_file(run / "model" / file)
 
 
-def test_two_launched_processes_train_what_one_trains(home, two):
-    one, both = weights_of(home / "one"), weights_of(two)
-    assert one.keys() == both.keys()
+def assert_alike(one: Path, two: Path, file: str = "model.safetensors"):
+    "Two runs have the same weights and logs within 1e-4, and have learned."
+    ours, theirs = weights_of(one, file), weights_of(two, file)
+    assert ours.keys() == theirs.keys()
     # a bias of keys has no gradient: AdamW makes steps of rounding errors
-    moved = {name: (value - both[name]).abs().max().item() for name, value in one.items() if "k_proj.bias" not in name}
+    moved = {
+        name: (value - theirs[name]).abs().max().item() for name, value in ours.items() if "k_proj.bias" not in name
+    }
     assert max(moved.values()) < 1e-4, max(moved.items(), key=lambda item: item[1])
-    for alone, shared in zip(log_of(home / "one"), log_of(two), strict=True):
+    for alone, shared in zip(log_of(one), log_of(two), strict=True):
         for term in ("loss", "align", "deterrence", "shortcut_similarity"):
             assert alone[term] == pytest.approx(shared[term], abs=1e-4)
     assert log_of(two)[-1]["align"] < log_of(two)[0]["align"]
+
+
+def test_two_launched_processes_train_what_one_trains(home, two):
+    assert_alike(home / "one", two)
+
+
+def test_two_launched_processes_train_the_adapters_that_one_trains(home):
+    lora, steps = "model.lora={rank: 4, alpha: 8, dropout: 0.0}", "train.max_steps=4"
+    given = changes(home, "lora one", lora, steps, "train.gradient_accumulation_steps=2")
+    assert main(["finetune", *given]) == 0
+    finished(launched(2, "finetune", *changes(home, "lora two", lora, steps, "train.gradient_accumulation_steps=1")))
+    assert_alike(home / "lora one", home / "lora two", "adapter_model.safetensors")
+
+
+def test_two_launched_processes_train_in_bfloat16(home, two):
+    given = changes(home, "bf16", "train.gradient_accumulation_steps=1", "train.bf16=true", "train.max_steps=4")
+    finished(launched(2, "finetune", *given, precision="bf16"))
+    ours, theirs = log_of(home / "bf16"), log_of(two)
+    assert ours != theirs[: len(ours)]  # it was computed in another precision,
+    for row, exact in zip(ours, theirs):
+        assert row["align"] == pytest.approx(exact["align"], rel=0.02)  # which has eight bits
+    assert ours[-1]["align"] < ours[0]["align"]
+    trained = {name: value for name, value in weights_of(home / "bf16").items() if not name.startswith("vggt.")}
+    assert {value.dtype for value in trained.values()} == {torch.float32}  # steps are not rounded away
+    assert all(value.isfinite().all() for value in trained.values())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, which is not in the lock")
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_two_processes_of_deepspeed_train_what_one_trains(home, config):
+    given = changes(home, config, "train.gradient_accumulation_steps=1")
+    finished(launched(2, "finetune", *given, config=config))
+    assert_alike(home / "one", home / config)
 
 
 def test_a_launched_run_that_is_stopped_goes_on(home, two):

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..method.conversation_trainer import ConversationTrainer
 from ..method.resuming import last_checkpoint, remove_checkpoint
+from ..method.sharding import launched_process
 from ..method.trainer import W2R2Config
 from ..model.conversations import ConversationCollator, Conversations, read_conversations
 from ..model.geometry_cache import GeometryStore, write_geometry
@@ -149,7 +150,7 @@ def finetune_host(
     """Fine-tune a VLM by Eq. 7 on the training records, on as many processes as were launched. Raises ValueError for a
     folder of another run, and for a model and records that do not fit."""
     dials = dict(settings["train"])
-    folder, state = Path(dials.pop("folder")), PartialState(cpu=dials.get("use_cpu", False))
+    folder, state = Path(dials.pop("folder")), launched_process(dials.get("use_cpu", False))
     _claim(folder, settings, state.is_main_process)
     state.wait_for_everyone()
     if (log := finished_run(folder)) is not None:
