@@ -72,7 +72,7 @@ def launched(processes: int, *command: str, config: str = "fsdp", precision: str
 
 
 def finished(run: subprocess.Popen):
-    said, _ = run.communicate(timeout=1500)
+    said, _ = run.communicate(timeout=300)
     assert run.returncode == 0, said[-3000:]
 
 
