@@ -135,14 +135,16 @@ def in_one_sentence(card: Card) -> str:
         told = {"helps": "3D helps", "hurts": "3D hurts"}.get(flat.verdict, "3D is not shown to help or hurt")
         parts.append(f"{told} ({whole:.0f} % right with it, {value:.0f} % without)")
     destroyed = [name for name in lines if name.startswith("depth ")]
-    lost = [name.removeprefix("depth ") for name in destroyed if lines[name].verdict == "lower"]
-    if destroyed:
-        parts.append(f"accuracy falls with depth {' or '.join(lost)}" if lost else "no destroyed depth lowers accuracy")
+    lost = [name for name in destroyed if lines[name].verdict == "lower" and name not in card.refused]
+    parts += [f"a scan with {name} is refused" for name in destroyed if name in card.refused]
+    parts += [f"accuracy falls with {' and with '.join(lost)}"] * bool(lost)
+    if destroyed and not lost:
+        parts.append("what was destroyed is not shown to lower accuracy")
     for name, what, change in (("moved", "the answer", "moved"), ("scaled", "its size", "scaled")):
         if name in lines:
             told = {"follows": "goes along with", "stays": "stays in"}.get(lines[name].verdict, "may go along with")
             parts.append(f"{what} {told} a {change} room")
-    return f"{card.system}: {', '.join(parts)}."
+    return f"{'; '.join(parts)}."
 
 
 def cards_figure(
