@@ -59,7 +59,7 @@ campaign: $(READY) ## damaged files to every reader, faults at writes, kills of 
 	PYTHONPATH=tests python -m campaign.run --inputs $(INPUTS) --state build/campaign/inputs.jsonl
 	PYTHONPATH=tests python -m campaign.faults --kills $(KILLS)
 	PYTHONPATH=tests python -m campaign.kills --kills $(KILLS)
-	papermill --engine w2r2 --cwd nbs/bench --no-progress-bar nbs/bench/campaign.ipynb nbs/bench/campaign.ipynb
+	papermill --engine w2r2 --cwd nbs/bench --no-progress-bar $(CURDIR)/nbs/bench/campaign.ipynb $(CURDIR)/nbs/bench/campaign.ipynb
 	nbdev_clean
 
 systems: $(READY) ## every system of Tables 1 and 2 on 200 queries, with 3D and without, and its geometry card: the pages systems and cards of nbs/bench, rows in reports/systems
