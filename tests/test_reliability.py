@@ -54,6 +54,7 @@ def values(**new):
         ("config.json", values(first_bin=7), "first_bin"),
         ("config.json", lambda path: path.write_text("[]"), "must be object"),
         ("tokenizer.json", lambda path: path.write_text("{"), "not JSON"),
+        ("tokenizer_config.json", values(unk_token=""), "unk_token: '' is no token"),
         ("tokenizer.json", one_number_for_two, "without gaps"),
         ("tokenizer.json", values(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "tokenizer"),
     ],

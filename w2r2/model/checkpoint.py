@@ -164,9 +164,12 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises Exception itself
         raise ScanNetError(path, "file", f"describes no tokenizer ({error})", _REMEDY) from None
+    vocabulary = tokenizer.get_vocab()
     for name in ("pad_token", "eos_token", "unk_token"):
-        if getattr(tokenizer, f"{name}_id") is None:
-            raise ScanNetError(Path(folder, "tokenizer_config.json"), name, "is missing", _REMEDY)
+        token = getattr(tokenizer, name)  # not its number: transformers looks for that of an unknown one without end
+        if token not in vocabulary:
+            problem = "is missing" if token is None else f"{token[:40]!r} is no token of tokenizer.json"
+            raise ScanNetError(Path(folder, "tokenizer_config.json"), name, problem, _REMEDY)
     return tokenizer
 
 
