@@ -6,10 +6,7 @@
 __all__ = ['answer_losses', 'answer_boxes', 'answer_similarity', 'ConversationTrainer']
 
 # %% ../../nbs/method/07_conversation_trainer.ipynb #25fdfe75
-from pathlib import Path
-
 import torch
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -100,22 +97,6 @@ class ConversationTrainer(W2R2Trainer):
             # gathered from several processes, the tied output layer comes a second time
             state_dict = {name: value for name, value in state_dict.items() if name != "vlm.lm_head.weight"}
         super()._save(output_dir, state_dict)
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:  # its parts are a folder, and the manifest of a checkpoint lists files
-                for parts in Path(output_dir).glob("global_step*"):
-                    parts.rename(Path(output_dir).with_name(f".{parts.name}"))
-
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial=trial))
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            for parts in folder.glob(".global_step*"):
-                parts.rename(folder / f"checkpoint-{self.state.global_step}" / parts.name[1:])
-        self.accelerator.wait_for_everyone()
 
     def _beside(self, fused, shortcut, inputs):
         "What stands beside Eq. 2: a value per conversation (B,), and what is logged of the shortcut pass."

@@ -26,12 +26,12 @@ from .interventions import Interventions
 from .muon import StackedMuon, Together
 from .objectives import READINGS, Push, deter
 from .reforming import Reforming, anchor_agreement, visual_attention
-from .resuming import _checkpoints, remove_checkpoint
+from .resuming import _checkpoints, remove_checkpoint, seal_checkpoint
 from .sharding import check_shardable, shard_on_cpu
 from ..model.features import TASKS
 from ..model.fused import inputs_of
 from ..scans.files import naming
-from ..scans.stores import check_store, seal
+from ..scans.stores import check_store
 
 # %% ../../nbs/method/05_trainer.ipynb #d32cf758
 @dataclass
@@ -316,7 +316,7 @@ class W2R2Trainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process writes a file of its own
         if self.args.should_save:
-            seal(path, (file.name for file in path.iterdir()))
+            seal_checkpoint(path)
             kept = {path, Path(self.state.best_model_checkpoint or path)}
             found = _checkpoints(folder)
             old = [other for other in found if other not in kept]
