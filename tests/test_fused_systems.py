@@ -44,6 +44,10 @@ def test_a_page_shows_the_way_to_an_answer(system, tmp_path, capsys):
         ([TEXT, "a chair", "--system", "fused", "--page", "trace.html"], "one description"),
         ([TEXT, "--system", "fused", "--inputs", "3d"], "knows '2d+3d', '2d'"),
         ([TEXT, "--system", "fused", "--html", "page.html"], "--inputs"),
+        ([TEXT, "--proposals", "true"], "are of a --system"),
+        ([TEXT, "--system", "spar", "--proposals", "true"], "no place for --proposals"),
+        ([TEXT, "--system", "seeground", "--segmenter", "depth"], "no place for --segmenter"),
+        ([TEXT, "--system", "seqvlm", "--detector", "."], "Unrecognized model"),
     ],
 )
 def test_what_a_system_cannot_do_is_said_in_one_line(arguments, said, capsys, tmp_path, monkeypatch):

@@ -12,11 +12,11 @@ from w2r2.cli import main
 from w2r2.scans.overlap import aligned_iou
 from w2r2.scans.scan import Scan
 from w2r2.shipped import DATA
-from w2r2.systems.detectors import Detections, ZeroShotDetector, link_detections
+from w2r2.systems.detectors import Detections, detector_named, link_detections
 from w2r2.systems.grounder import FUSED, GROUNDERS
 from w2r2.systems.projection import read_shots
 from w2r2.systems.seeground import SeeGround
-from w2r2.systems.segmenters import SAM
+from w2r2.systems.segmenters import segmenter_named
 from w2r2.systems.seqvlm import SeqVLM
 from w2r2.systems.vlm import Choice
 from w2r2.systems.vlm_grounder import VLMGrounder
@@ -114,61 +114,113 @@ def test_links_follow_rectangles_that_overlap(scan):
     assert link_detections(found, read_shots(scan), 0.9) == [{0: 0, 1: 1}, {0: 1, 1: 0}]
 
 
-def test_owlv2_of_transformers_runs(scan):
-    import torch
-    from transformers import (
-        CLIPTokenizerFast,
-        Owlv2Config,
-        Owlv2ForObjectDetection,
-        Owlv2ImageProcessorPil,
-        Owlv2Processor,
-    )
+def random_detector(kind: str):
+    "A tiny detector of transformers with random weights, and its processor."
+    import transformers as hf
 
-    torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Owlv2Config(
-        text_config=small | {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
-        vision_config=small | {"image_size": 64, "patch_size": 16},
-        projection_dim=16,
+    if kind == "owlv2":
+        config = hf.Owlv2Config(
+            text_config=small | {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
+            vision_config=small | {"image_size": 64, "patch_size": 16},
+            projection_dim=16,
+        )
+        words = ["!", "<|startoftext|>", "<|endoftext|>", "chair</w>", *"chair"]
+        tokenizer = hf.CLIPTokenizerFast({word: n for n, word in enumerate(words)}, merges=[], model_max_length=16)
+        pictures = hf.Owlv2ImageProcessorPil(size={"height": 64, "width": 64})
+        return hf.Owlv2ForObjectDetection(config), hf.Owlv2Processor(pictures, tokenizer)
+    layers = {"layers": 2, "ffn_dim": 16, "attention_heads": 2, "n_points": 2}
+    config = hf.GroundingDinoConfig(
+        backbone_config=hf.SwinConfig(
+            image_size=128, window_size=4, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, out_indices=[2, 3, 4]
+        ),
+        text_config=hf.BertConfig(vocab_size=10, **small),
+        d_model=32,
+        num_queries=16,
+        **{f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in layers.items()},
     )
-    words = {name: place for place, name in enumerate(["!", "<|startoftext|>", "<|endoftext|>", "chair</w>", *"chair"])}
-    tokenizer = CLIPTokenizerFast(vocab=words, merges=[], model_max_length=16)
-    processor = Owlv2Processor(Owlv2ImageProcessorPil(size={"height": 64, "width": 64}), tokenizer)
-    detector = ZeroShotDetector(Owlv2ForObjectDetection(config), processor, threshold=0.0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "chair", ".", "?"]
+    tokenizer = hf.BertTokenizer({word: n for n, word in enumerate(words)})
+    pictures = hf.GroundingDinoImageProcessorPil(size={"height": 128, "width": 128})
+    return hf.GroundingDinoForObjectDetection(config), hf.GroundingDinoProcessor(pictures, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["owlv2", "grounding_dino"])
+def test_detectors_of_transformers_run(scan, kind, tmp_path):
+    for part in random_detector(kind):
+        part.save_pretrained(tmp_path)
+    detector = detector_named(tmp_path)
+    detector.threshold = 0.0
     found = detector.look(read_shots(scan).color[0], "chair")
     assert found.rectangles.shape == (16, 4) and found.labels == ["chair"] * 16 and np.isfinite(found.scores).all()
 
 
-def test_sam_of_transformers_runs(scan):
-    import torch
-    from transformers import SamConfig, SamImageProcessorPil, SamModel, SamProcessor
+def random_sam(kind: str):
+    "A tiny SAM of transformers with random weights, and what prepares its pictures."
+    import transformers as hf
 
-    torch.manual_seed(0)
-    config = SamConfig(
-        vision_config={
-            "hidden_size": 16,
-            "output_channels": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 64,
-            "patch_size": 16,
-            "mlp_dim": 16,
-            "window_size": 2,
-            "global_attn_indexes": [0],
-            "num_pos_feats": 8,
-        },
-        prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 16},
-        mask_decoder_config={
-            "hidden_size": 16,
-            "mlp_dim": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "iou_head_hidden_dim": 16,
-        },
-    )
-    processor = SamImageProcessorPil(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})
-    mask = SAM(SamModel(config), SamProcessor(processor)).segment(read_shots(scan), 0, np.array([20.0, 20, 90, 80]))
+    small, side = {"hidden_size": 16}, 56 if kind == "sam3" else 64
+    prompt = small | {"image_size": side, "patch_size": 14 if kind == "sam3" else 16}
+    parts = {
+        "prompt_encoder_config": prompt,
+        "mask_decoder_config": small | {"mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
+    }
+    tower = prompt | {"num_hidden_layers": 1, "num_attention_heads": 2, "window_size": 2, "global_attn_indexes": [0]}
+    levels = {"fpn_hidden_size": 16, "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}
+    if kind == "sam":
+        config = hf.SamConfig(vision_config=tower | {"output_channels": 16, "mlp_dim": 16, "num_pos_feats": 8}, **parts)
+        pictures = hf.SamImageProcessorPil(size={"longest_edge": side}, pad_size={"height": side, "width": side})
+        return hf.SamModel(config), hf.SamProcessor(pictures)
+    if kind == "sam2":
+        tower = {
+            "model_type": "sam2_hiera_det_model",
+            "image_size": [side, side],
+            "blocks_per_stage": [1, 1, 2, 1],
+            "embed_dim_per_stage": [4, 8, 16, 32],
+            "num_attention_heads_per_stage": [1, 1, 2, 2],
+            "window_size_per_stage": [8, 4, 4, 4],
+            "global_attention_blocks": [3],
+            "hidden_size": 4,
+        }
+        levels["backbone_channel_list"] = [32, 16, 8, 4]
+        model = hf.Sam2Model(hf.Sam2Config(vision_config={"backbone_config": tower} | levels, **parts))
+    else:
+        tower |= {"model_type": "sam3_vit_model", "intermediate_size": 16, "pretrain_image_size": side}
+        model = hf.Sam3TrackerModel(hf.Sam3TrackerConfig(vision_config={"backbone_config": tower} | levels, **parts))
+    return model, hf.ViTImageProcessorPil(size={"height": side, "width": side})
+
+
+@pytest.mark.parametrize("kind", ["sam", "sam2", "sam3"])
+def test_sams_of_transformers_run(scan, kind, tmp_path, monkeypatch):
+    for part in random_sam(kind):
+        part.save_pretrained(tmp_path)
+    segmenter, shots, told = segmenter_named(tmp_path), read_shots(scan), {}
+    ask, side = segmenter.model.forward, 56 if kind == "sam3" else 64
+    monkeypatch.setattr(segmenter.model, "forward", lambda **inputs: told.update(inputs) or ask(**inputs))
+    mask = segmenter.segment(shots, 0, np.array([20.0, 30, 80, 120]))
     assert mask.shape == (120, 160) and mask.dtype == bool
+    stretch = np.array([side / 160, side / (160 if kind == "sam" else 120)] * 2)  # SAM 1 pads, the others stretch
+    np.testing.assert_allclose(told["input_boxes"][0, 0].numpy(), stretch * [20, 30, 80, 120], rtol=1e-5)
+
+
+def test_another_model_is_no_segmenter(tmp_path):
+    model, processor = random_detector("owlv2")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Unrecognized|no SAM"):
+        segmenter_named(tmp_path)
+
+
+def test_parts_of_a_system_are_chosen_by_name(scan, tmp_path, capsys):
+    "Boxes to choose from, detector and segmenter, as somebody with ScanNet and published models would."
+    for kind, model in {"detector": random_detector("grounding_dino"), "segmenter": random_sam("sam2")}.items():
+        for part in model:
+            part.save_pretrained(tmp_path / kind)
+    parts = [f"--{kind}={tmp_path / kind}" for kind in ("detector", "segmenter")]
+    ground = ["ground", scan.scene_id, "the couch", "--json", "--system"]
+    assert main([*ground, "vlm_grounder", *parts]) == 0
+    assert main([*ground, "seqvlm", "--proposals", "true"]) == 0
+    (said,) = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert any(np.allclose(said["box"], box, atol=1e-3) for box in scan.boxes)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYNONYMS', 'best_class', 'scan_proposals', 'proposal_rectangles', 'Detections', 'RoomsDetector', 'ZeroShotDetector',
-           'color_histogram', 'link_detections']
+           'detector_named', 'color_histogram', 'link_detections']
 
 # %% ../../nbs/systems/07_detectors.ipynb #00000002
 import difflib
@@ -166,6 +166,13 @@ class ZeroShotDetector:
     def find(self, scan: Scan, name: str, skip: int = 1) -> list[Detections]:
         "The objects of a class in all frames; see `RoomsDetector.find`."
         return [self.look(image, name) for image in read_shots(scan, skip).color]
+
+
+def detector_named(
+    name: str | Path,  # "rooms", or a zero-shot detector of transformers by folder or hub name
+) -> RoomsDetector | ZeroShotDetector:
+    "A detector; raises OSError for a model that is not there, ValueError for one that is no zero-shot detector."
+    return RoomsDetector() if name == "rooms" else ZeroShotDetector.load(name)
 
 # %% ../../nbs/systems/07_detectors.ipynb #0000000b
 def color_histogram(

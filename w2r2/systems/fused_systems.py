@@ -63,11 +63,11 @@ class FusedSystem:
     def __init__(
         self,
         folder: str | Path = DATA / "rooms-tiny-finetuned",
-        candidates: str = "detector",  # of a model that picks, see `scan_candidates`
+        proposals: str = "detector",  # that a model that picks chooses from, see `scan_candidates`
         refined: bool = False,  # replace a box that is said by the segment of depth that overlaps it most
         noise: float | str | None = None,  # of the geometry, see `w2r2.study.predict.look`
     ):
-        self.folder, self.candidates, self.refined, self.noise = Path(folder), candidates, refined, noise
+        self.folder, self.proposals, self.refined, self.noise = Path(folder), proposals, refined, noise
         self.host = is_host(folder)
         self.model, self.tokenizer, self.packer = (*read_host(folder), None) if self.host else load(folder)
         self.picks = not self.host and self.model.config.candidates
@@ -120,7 +120,7 @@ class FusedSystem:
             return "F2D and F3D of VGGT" if inputs == FUSED else "F2D alone: Phi(F2D, 0)"
         geometry = self.model.config.encoder3d
         shown = f"F2D and F3D ({geometry})" if self.blind(inputs) is None else "F2D alone: Phi(F2D, 0)"
-        return shown + (f"; candidates: {self.candidates}" if self.picks else "")
+        return shown + (f"; candidates: {self.proposals}" if self.picks else "")
 
     def _respond(self, scan: Scan, queries: list[dict], blind: str | None) -> predict.Predictions:
         return predict.respond(self.model, _seen_scene(scan, self), queries, blind, self.packer, self.tokenizer)
@@ -152,7 +152,7 @@ def _seen_scene(scan: Scan, system: FusedSystem) -> dict:
     scene, views = predict.look(system.model, scan, noise=system.noise)
     if not system.picks:
         return scene
-    given = scan_candidates(scan, views, system.model, system.candidates)
+    given = scan_candidates(scan, views, system.model, system.proposals)
     return scene | {"candidates": Shown.tokenised(given, system.tokenizer).of(scene)}
 
 
@@ -185,8 +185,8 @@ class VGLLMSystem(FusedSystem):
 class Video3DSystem(FusedSystem):
     "Video-3D LLM: picks among candidates. Raises ValueError for another model."
 
-    def __init__(self, folder: str | Path, **options):
-        super().__init__(folder, **options)
+    def __init__(self, folder: str | Path, proposals: str = "detector", **options):
+        super().__init__(folder, proposals, **options)
         if not self.picks:
             raise ValueError(f"{folder}: video-3d-llm picks among candidates; this model says boxes")
 
