@@ -19,6 +19,7 @@ SWITCHES = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",  # convolutions, and products in bfloat16
     "OPENBLAS_CORETYPE": "Haswell",  # matrix products of NumPy and SciPy
     "OPENBLAS_L2_SIZE": "512",  # its blocks are cut by the size of the cache
+    "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",  # NumPy's sines, exponentials and powers
 }
 
 # %% ../nbs/01_machine.ipynb #ff488709
@@ -26,6 +27,8 @@ def probes() -> dict[str, str]:
     "Digests of the bytes of small computations, one for each kind of arithmetic that the pipeline uses."
     import numpy as np
     import torch
+    from embreex.mesh_construction import TriangleMesh
+    from embreex.rtcore_scene import EmbreeScene
     from torch.nn import functional
 
     rng = np.random.default_rng(0)
@@ -33,6 +36,13 @@ def probes() -> dict[str, str]:
     a, b = torch.from_numpy(tall).float(), torch.from_numpy(square).float()
     heads = a.view(1, 424, 4, 16).transpose(1, 2).contiguous()
     images, kernel = torch.from_numpy(rng.standard_normal((8, 3, 28, 28))).float(), b[:48, :9].reshape(16, 3, 3, 3)
+    size = np.abs(tall)
+    functions = [np.sin(tall), np.cos(tall), np.exp(tall), size**2.4, np.log1p(size), np.arctan2(tall, size[::-1])]
+    rays, tree = np.ascontiguousarray(tall[:, :6], np.float32), EmbreeScene(robust=True)
+    _mesh = TriangleMesh(tree, tall[:, 8:17].reshape(-1, 3, 3).astype(np.float32))  # the tree keeps no hold of it
+    hits = tree.run(
+        np.ascontiguousarray(rays[:, :3]), np.ascontiguousarray(rays[:, 3:]), query="INTERSECT", output=True
+    )
     results = {
         "matrix product": a @ b,
         "matrix product, bfloat16": (a.bfloat16() @ b.bfloat16()).float(),
@@ -45,6 +55,8 @@ def probes() -> dict[str, str]:
         "NumPy matrix product": torch.from_numpy(tall.T @ tall),
         "NumPy singular values": torch.from_numpy(np.linalg.svd(tall, compute_uv=False)),
         "NumPy exponential": torch.from_numpy(np.exp(tall.astype(np.float32))),
+        "NumPy functions, double precision": torch.from_numpy(np.stack(functions)),
+        "ray casting": torch.from_numpy(np.stack([hits["tfar"], hits["primID"].astype(np.float32)])),
     }
     return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:12] for name, value in results.items()}
 

@@ -130,8 +130,8 @@ def report_verdict(
         parts = [
             f"{name} of {part}"
             for part in ("probes", "versions")
-            for name in there[part]
-            if here.get(part, {}).get(name) != there[part][name]
+            for name in here.get(part, {}) | there[part]
+            if here.get(part, {}).get(name) != there[part].get(name)
         ]
         why = f"the machines differ: {', '.join(parts)}"
     return Verdict(
