@@ -94,6 +94,18 @@ def test_a_planted_error_fails(judge, rows, by):
     assert not found.passed and DIFFERENT in set(found.cells.verdict)
 
 
+def test_one_cell_of_a_trained_model_may_differ(judge):
+    "A run can end in two ways; a floor cannot, and two cells are no accident."
+    words = PLAIN & (REFERENCE.split == "test") & (REFERENCE.task == "scanqa")
+    boxes = PLAIN & (REFERENCE.split == "test") & (REFERENCE.metric == "Acc@0.25")
+    found = judge(shifted(words, -0.2))
+    assert found.passed and (found.cells.verdict == DIFFERENT).sum() == 1
+    assert not judge(shifted(words, -0.2), same=True).passed
+    assert not judge(shifted(words | boxes, -0.2)).passed
+    floor = judge(shifted((REFERENCE.arm == "random box") & (REFERENCE.metric == "Acc@0.25"), 0.05))
+    assert not floor.passed and (floor.cells.verdict == DIFFERENT).sum() == 1
+
+
 def test_a_small_error_on_every_split_is_seen_on_average(judge):
     found = judge(shifted(PLAIN & (REFERENCE.task == "scanrefer"), 0.03)).cells
     wrong = found[found.verdict == DIFFERENT]
