@@ -173,7 +173,9 @@ def naming(
     except Exception as error:
         if found := re.search(r"\(os error ([0-9]+)\)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
-        if any(word in str(error) for word in ("PytorchStreamWriter", "iostream")):  # torch does not say why
+        if any(
+            word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream")
+        ):  # torch does not say why
             raise OSError(errno.EIO, f"could not be written ({str(error).splitlines()[0][:200]})", str(path)) from error
         raise
 
