@@ -23,7 +23,7 @@ import pandas as pd
 import training
 from tqdm import tqdm
 
-from w2r2.method.resuming import last_checkpoint
+from w2r2.method.resuming import last_checkpoint, remove_checkpoint
 from w2r2.model.checkpoint import load, save
 from w2r2.model.examples import build_tokenizer, encode, prepare, sample_texts, tiny_model, tokenise
 from w2r2.model.features import Features, Queries
@@ -57,7 +57,15 @@ def stages(folder: Path) -> dict:
         trainer = training.resumable(folder, settings)
         trainer.train(resume_from_checkpoint=last_checkpoint(settings.output_dir))
         save(trainer.model, tokenizer, packer.bins, folder / "model")
-        shutil.rmtree(folder / "run")  # as `w2r2.study.finetuning` does
+        for checkpoint in (folder / "run").glob("checkpoint-*"):
+            remove_checkpoint(checkpoint)
+        shutil.rmtree(folder / "run")
+
+    def trained():
+        "Like the job of a run, the stage is done when its checkpoints are gone, too."
+        if (folder / "run").exists():
+            raise FileNotFoundError(folder / "run")
+        return load(folder / "model")
 
     def save_tokenizer():
         with naming(folder):
@@ -94,7 +102,7 @@ def stages(folder: Path) -> dict:
             lambda: read_proposed(folder / "proposals/samples.json", made_from()),
             lambda: propose_all(Prepared.open(views), folder / "proposals/samples.json"),
         ),
-        "model": (lambda: load(folder / "model"), train),
+        "model": (trained, train),
         "jobs": (lambda: [job.result for job in jobs], lambda: execute(jobs, workers=0)),
     }
 
