@@ -29,7 +29,8 @@ endif
 	@touch $@
 
 # When a stage ends, another DVC, `dvc status` say, may hold the folder's lock for longer than DVC waits by itself.
-REPRO := dvc --wait-for-lock repro
+# A process that was killed as it wrote the list of locks leaves it cut.
+REPRO := w2r2 unlock && dvc --wait-for-lock repro
 
 repro: $(READY) ## the main job: regenerate everything that dvc.yaml describes in build/, then compare it with the committed reports
 	$(REPRO)
@@ -50,7 +51,7 @@ miniature: $(READY) ## the whole pipeline on a few scenes and for a few steps, i
 
 test: $(READY) ## the library notebooks (nbdev_test), then what a notebook cannot show (pytest)
 	nbdev_test --n_workers 2
-	pytest
+	pytest -n 2 --dist loadfile
 
 INPUTS ?= 200000
 KILLS ?= 200

@@ -13,7 +13,7 @@ from typer.exceptions import TyperException
 
 # each adds its commands, in this order
 # isort: off
-from . import scan_commands, model_commands, benchmark_commands, full_size_commands  # noqa: F401
+from . import scan_commands, model_commands, benchmark_commands, full_size_commands, pipeline_commands  # noqa: F401
 from .app import app
 from .text import printable
 # isort: on

@@ -42,6 +42,7 @@ def start(folder: Path) -> subprocess.Popen:
     "The pipeline, from where it is."
     environment = os.environ | {"PYTHONPATH": f"{HOOKS}:{folder}", "MATPLOTLIBRC": str(folder / "matplotlibrc")}
     environment |= {"W2R2_KILL": str(folder)}
+    subprocess.run([sys.executable, "-m", "w2r2.cli", "unlock"], cwd=folder, check=True)  # as `make repro` does
     with open(folder / "repro.log", "a") as log:
         command = [sys.executable, "-m", "dvc", "repro"]
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
