@@ -178,12 +178,19 @@ def test_answers_are_those_of_each_question_alone(hosts, kind, rows):
         for task in ("scanqa", "scanrefer", "scanqa")  # back to a prefix that was left
         for record in build_records(task, [*rows[task][:2], rows[task][-1]], ROOT, frames=2, train=False)[0]
     ]
-    read, language = [], model.vlm.model.language_model
-    language.register_forward_pre_hook(
+    read, logits, write = [], [], model.vlm.generate
+    model.vlm.model.language_model.register_forward_pre_hook(
         lambda module, args, given: read.append(given["inputs_embeds"].shape[1]), with_kwargs=True
     )
+
+    def generate(**given):
+        told = write(**given, return_dict_in_generate=True, output_logits=True)
+        logits.append(torch.stack(told.logits))
+        return told.sequences
+
+    model.vlm.generate = generate
     for shortcut in (False, True):
-        read.clear()
+        read.clear(), logits.clear()
         together, shared = list(answer_records(model, tokenizer, asked, ROOT, 4, shortcut)), sum(read)
         read.clear()
         data = Conversations(asked, ROOT, tokenizer, model.config.vlm_config, width=112)
@@ -194,3 +201,7 @@ def test_answers_are_those_of_each_question_alone(hosts, kind, rows):
             )
             assert tokenizer.decode(ids[0, len(item["input_ids"]) :], skip_special_tokens=True) == text
         assert shared < sum(read)
+        ours, theirs = logits[: len(asked)], logits[len(asked) :]
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        assert (ours[0] - ours[1]).abs().max() > 1e-3  # what was asked matters
