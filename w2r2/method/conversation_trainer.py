@@ -69,8 +69,8 @@ class ConversationTrainer(W2R2Trainer):
         self,
         model: nn.Module,  # `w2r2.model.vgllm.VGLLM`
         args: W2R2Config,
-        train_dataset: Dataset,  # `w2r2.model.conversations.Conversations`
-        data_collator: ConversationCollator,
+        train_dataset: Dataset,  # `w2r2.model.conversations.Conversations`, or `SharedConversations` of them
+        data_collator: ConversationCollator,  # of the same kind
         **kwargs,  # of `transformers.Trainer`
     ):
         if args.reading not in HOST_READINGS:
@@ -119,10 +119,13 @@ class ConversationTrainer(W2R2Trainer):
         micro_batches = self.current_gradient_accumulation_steps if model.training else 1
         push = args.reading != "none" and self.state.global_step % args.push_every == 0  # the same in all processes
         both = push and args.reading != "reward"
-        names = "input_ids", "attention_mask", "pixel_values", "image_grid_thw"
-        names += ("geometry",) if "geometry" in inputs else ("images_3d",)
-        kept = functional.pad(inputs["labels"][:, 1:] >= 0, (0, 1))  # where a token of an answer is predicted
-        output = model(**{name: inputs[name] for name in names}, both=both, logits_to_keep=kept)
+        # no attention_mask: padding stands behind, where causal attention does not look, and its mask would be T x T
+        names = "input_ids", "pixel_values", "image_grid_thw", "images_3d", "geometry", "pieces"
+        if "pieces" in inputs:
+            kept = inputs["kept"]
+        else:
+            kept = functional.pad(inputs["labels"][:, 1:] >= 0, (0, 1))  # where a token of an answer is predicted
+        output = model(**{name: inputs[name] for name in names if name in inputs}, both=both, logits_to_keep=kept)
         fused = output.logits[: int(kept.sum())]
         losses = answer_losses(fused, inputs["labels"])
         loss = losses.sum() / items

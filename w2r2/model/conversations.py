@@ -204,27 +204,39 @@ class Conversations(Dataset):
         return len(self.records)
 
     def __getitem__(self, i: int) -> dict:
-        """`input_ids`, `labels` (T,), what `frame_inputs` returns (with kept F3D `geometry` instead of `images_3d`),
-        `task`, and of a box to learn: `box` (6,) in the scan frame, `pose` (4, 4) of its frame and `places`, see
-        `number_places`. Raises `ScanNetError` for a scan that cannot be read."""
-        record = self.records[i]
+        """What `item` and `look` return; raises `ScanNetError` for a scan that cannot be read."""
+        frames, given = self.look(self.records[i])
+        return self.item(self.records[i], frames, given["image_grid_thw"]) | given
+
+    def look(self, record: dict) -> tuple[list, dict[str, torch.Tensor]]:
+        """The frames of a record, and what `frame_inputs` makes of them, with kept F3D `geometry` instead of
+        `images_3d`."""
         about = record["metadata"]
         with Scan(self.root, about["scene_id"]) as scan:
             frames = scan.views(about["positions"])
             given = frame_inputs(
                 resize_frames([frame.color for frame in frames], self.width, self.patch), self.vlm_config, self.patch
             )
-        merged = given["image_grid_thw"].prod(-1) // self.vlm_config.vision_config.spatial_merge_size**2
+        if self.geometry is not None:
+            del given["images_3d"]
+            given["geometry"] = self.geometry[record]
+        return frames, given
+
+    def item(
+        self,
+        record: dict,
+        frames: list,  # from `look`
+        grid: torch.Tensor,  # (V, 3) its `image_grid_thw`
+    ) -> dict:
+        """`input_ids`, `labels` (T,), `task`, and of a box to learn: `box` (6,) in the scan frame, `pose` (4, 4) of its
+        frame and `places`, see `number_places`."""
+        merged = grid.prod(-1) // self.vlm_config.vision_config.spatial_merge_size**2
         prompt, answer, offsets = tokenise_chat(record, self.tokenizer, merged.tolist(), self.image)
         item = {
             "input_ids": torch.tensor([*prompt, *answer]),
             "labels": torch.tensor([*[-100] * len(prompt), *answer]),
-            "task": about["dataset"],
-            **given,
+            "task": record["metadata"]["dataset"],
         }
-        if self.geometry is not None:
-            del item["images_3d"]
-            item["geometry"] = self.geometry[record]
         if "target" in record and answer:
             text = record["conversations"][-1]["value"]
             places = [(len(prompt) + token, number, value) for token, number, value in number_places(text, offsets)]
@@ -234,6 +246,9 @@ class Conversations(Dataset):
                 "places": places,
             }
         return item
+
+
+_FRAMES, _GEOMETRY = ("pixel_values", "image_grid_thw"), ("images_3d", "geometry")  # of the items that bring frames
 
 
 @dataclass
@@ -260,9 +275,8 @@ class ConversationCollator:
             "input_ids": ids,
             "labels": stack("labels", -100),
             "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
-            "pixel_values": torch.cat([item["pixel_values"] for item in items]),
-            "image_grid_thw": torch.cat([item["image_grid_thw"] for item in items]),
-            **{name: [item[name] for item in items] for name in ("images_3d", "geometry") if name in items[0]},
+            **{name: torch.cat([item[name] for item in items if name in item]) for name in _FRAMES},
+            **{name: found for name in _GEOMETRY if (found := [item[name] for item in items if name in item])},
             "tasks": [item["task"] for item in items],
             "boxes": torch.stack([items[row]["box"] for row in rows]) if rows else torch.zeros(0, 6),
             "poses": torch.stack([items[row]["pose"] for row in rows]) if rows else torch.zeros(0, 4, 4),

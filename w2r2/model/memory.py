@@ -138,7 +138,8 @@ def step_memory(
     counted: Counted | None = None,  # from `count_parameters`, if it is known
     rank: int | None = None,  # of LoRA
     both: bool = True,  # the shortcut pass too, as `literal` and `direct` make it
-    batch: int = 1,  # conversations on the card
+    batch: int = 1,  # sequences on the card
+    queries: int = 1,  # conversations in a sequence, which share its frames
     words: int = 256,  # tokens of prompt and answer without images
     checkpointing: bool = True,
     cards: int = 1,  # over which the model is sharded
@@ -146,7 +147,7 @@ def step_memory(
     "Of a training step with AdamW in bfloat16."
     counted, text = counted or count_parameters(config, rank), config.text_config
     rows, columns = visual_grid(config)
-    tokens = frames * (rows // 2) * (columns // 2) + words
+    tokens = frames * (rows // 2) * (columns // 2) + queries * words
     width = (config.aggregator or {}).get("width", 1024)
     frozen = sum(counted[:5]) - counted.trained
     if cards > 1:
@@ -158,7 +159,7 @@ def step_memory(
     layer = _layer_bytes(text, passes * tokens)
     inputs = passes * tokens * 4 * text.hidden_size
     kept = layer + text.num_hidden_layers * inputs if checkpointing else text.num_hidden_layers * layer
-    answer = passes * min(words, 64) * text.vocab_size * 4 * 3  # logits, their softmax, and its gradient
+    answer = passes * queries * min(words, 64) * text.vocab_size * 4 * 3  # logits, their softmax, and its gradient
     seen = batch * frames * rows * columns * 2 * width * 2 + 2 * passes * tokens * text.hidden_size * 4
     working = frames * (rows * columns + 5) * width * 2 * 14
     gradients, moments = (factor * counted.trained / cards for factor in (4, 8))

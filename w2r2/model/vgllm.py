@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from .fused import FusedVLM
 from .host_fusion import HOST_FUSIONS
 from .merger import GeometryMerger
+from .shared_frames import SHARED, sharing_arguments
 from .vggt import Aggregator
 
 # %% ../../nbs/model/14_vgllm.ipynb #921b4898
@@ -191,18 +192,27 @@ class VGLLM(FusedVLM):
         zero: str = "after",  # see `visual_tokens`
         seen: Seen | None = None,  # from `see`, if the encoders have run already
         both: bool = False,  # the fused pass of all scenes and behind it the shortcut pass of all, as a batch of 2 B
+        # `input_ids` (1, T) holds several queries of each scene: see `w2r2.model.shared_frames.sharing_arguments`
+        pieces: Sequence[Sequence[int]] | None = None,
         **kwargs,  # of the VLM: `attention_mask`, `logits_to_keep`, `past_key_values`
     ) -> ModelOutput:  # the VLM's own, with `loss` (mean over the labels, each told by the tokens before) and `logits`
         """One pass, or `both`: the encoders run once, and a sharded model gathers its parameters once. Raises
         ValueError as `see` and `visual_tokens` do."""
         if seen is None:
             seen = self.see(pixel_values, image_grid_thw, images_3d, geometry)
+        scenes, shared = len(seen.geometry), {}
+        if pieces is not None:
+            self.vlm.model.language_model.config._attn_implementation = SHARED  # without pieces it is sdpa
+            frames, image = [len(scene) for scene in seen.geometry], self.config.vlm_config.image_token_id
+            own = self.vlm.model.get_rope_index
+            shared = sharing_arguments(own, input_ids, pieces, frames, image_grid_thw, image)
         if both:
-            shortcut = torch.arange(2 * len(input_ids)) >= len(input_ids)
+            shortcut = torch.arange(2 * scenes) >= scenes
             input_ids, image_grid_thw, seen = input_ids.repeat(2, 1), image_grid_thw.repeat(2, 1), _twice(seen)
             kwargs = {name: value.repeat(2, 1) for name, value in kwargs.items()}
             labels = None if labels is None else labels.repeat(2, 1)
-        return self.vlm(**self.inputs(input_ids, seen, image_grid_thw, shortcut, zero), labels=labels, **kwargs)
+        given = self.inputs(input_ids, seen, image_grid_thw, shortcut, zero)
+        return self.vlm(**given, labels=labels, **kwargs, **shared)
 
     @torch.no_grad()
     def generate(

@@ -90,7 +90,7 @@ FULL_SCHEMA = _section(
                 "save_steps": _COUNT,
                 "seed": _FROM_0,
             },
-            {"num_train_epochs": _POSITIVE, "max_steps": _COUNT, "use_cpu": {"type": "boolean"}},
+            {"num_train_epochs": _POSITIVE, "max_steps": _COUNT, "use_cpu": {"type": "boolean"}, "queries": _COUNT},
         ),
         "evaluate": _section(
             {
@@ -156,6 +156,8 @@ def read_full_settings(
     dials, records = settings["train"], settings["records"]
     if ("max_steps" in dials) == ("num_train_epochs" in dials):
         raise ScanNetError(path, "train", "needs either max_steps or num_train_epochs", "Give one of them")
+    if dials.get("queries", 1) > 1 and settings["model"]["attention"] != "sdpa":
+        raise ScanNetError(path, "train.queries", "above 1 needs PyTorch's attention", "Set model.attention: sdpa")
     if lost := [task for task in records["tasks"] if task not in settings["evaluate"]["protocols"]]:
         raise ScanNetError(path, "evaluate.protocols", f"has none for {', '.join(lost)}", "Name one")
     return settings

@@ -25,6 +25,7 @@ from ..model.conversations import ConversationCollator, Conversations, read_conv
 from ..model.geometry_cache import GeometryStore, write_geometry
 from ..model.hosts import HOST_FILE, add_adapters, build_host
 from ..model.memory import GIB, count_model, warn_of_memory
+from ..model.shared_frames import SharedCollator, SharedConversations
 from ..scans.files import ScanNetError, atomic_write, parse_json, settle
 from .finetuning import Curves, Progress
 from ..tasks.record_files import record_path
@@ -138,6 +139,7 @@ def warn_if_too_large(model: nn.Module, settings: dict, args: W2R2Config, state:
         counted=count_model(model),
         both=args.reading not in ("none", "reward"),
         batch=args.per_device_train_batch_size,
+        queries=settings["train"].get("queries", 1),
         checkpointing=args.gradient_checkpointing,
         cards=state.num_processes if sharded else 1,
     )
@@ -150,6 +152,7 @@ def finetune_host(
     """Fine-tune a VLM by Eq. 7 on the training records, on as many processes as were launched. Raises ValueError for a
     folder of another run, and for a model and records that do not fit."""
     dials = dict(settings["train"])
+    queries = dials.pop("queries", 1)
     folder, state = Path(dials.pop("folder")), launched_process(dials.get("use_cpu", False))
     _claim(folder, settings, state.is_main_process)
     state.wait_for_everyone()
@@ -161,7 +164,11 @@ def finetune_host(
         model.enable_input_require_grads()
     warn_if_too_large(model, settings, args, state)
     data = conversations_of(read_all_records(settings, "train"), settings, tokenizer, model)
-    trainer = ConversationTrainer(model, args, data, ConversationCollator(tokenizer.pad_token_id))
+    collate = ConversationCollator(tokenizer.pad_token_id)
+    if queries > 1:
+        data = SharedConversations(data, queries, args.seed)
+        collate = SharedCollator(tokenizer.pad_token_id, image=model.config.vlm_config.image_token_id)
+    trainer = ConversationTrainer(model, args, data, collate)
     trainer.add_callback(Curves(folder / "live"))
     if state.is_main_process:
         trainer.add_callback(Progress(lambda done: tell(done, trainer.state.max_steps)))
