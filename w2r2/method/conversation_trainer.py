@@ -35,29 +35,35 @@ def answer_losses(
 def answer_boxes(
     logits: torch.Tensor,  # (K, vocabulary)
     batch: dict,  # from `ConversationCollator`
-    digits: torch.Tensor,  # (10,) ids of the tokens "0" to "9"
+    greedy: bool = False,  # of the most probable token of each place instead of all; no gradient
 ) -> torch.Tensor:  # (G, 6) in the scan frame [m]
-    "The boxes that a pass expects, by the expected value of each digit of their centres and sizes."
-    box, token, number = batch["digit_place"].unbind(1)
-    kept = batch["labels"] >= 0
-    place = torch.zeros_like(batch["labels"]).masked_scatter(kept, torch.arange(int(kept.sum()), device=kept.device))
-    told = logits[place[batch["rows"][box], token]][:, digits].float().softmax(-1)
-    expected = told @ torch.arange(10.0, device=told.device) * batch["digit_value"]
+    "The boxes that a pass expects, by the expected value of what is said at each place of their centres and sizes."
+    box, _, number = batch["place"].unbind(1)
+    told = _place_logits(logits, batch)
+    shares = functional.one_hot(told.argmax(-1), told.shape[1]) if greedy else told.softmax(-1)
+    expected = (shares * batch["values"].to(told)).sum(-1)
     numbers = expected.new_zeros(len(batch["boxes"]), 9).index_put((box, number), expected, accumulate=True)
-    centres = transform_points(batch["poses"].to(numbers), numbers[:, None, :3])[:, 0]
+    centres = transform_points(batch["frames"].to(numbers), numbers[:, None, :3])[:, 0]
     return torch.cat([centres, numbers[:, 3:6]], 1)
+
+
+def _place_logits(logits: torch.Tensor, batch: dict) -> torch.Tensor:
+    "(P, C) of the tokens that can stand at each place of a box."
+    box, token, _ = batch["place"].unbind(1)
+    kept = batch["labels"] >= 0
+    row = torch.zeros_like(batch["labels"]).masked_scatter(kept, torch.arange(int(kept.sum()), device=kept.device))
+    return logits[row[batch["rows"][box], token]].gather(1, batch["choices"].to(kept.device)).float()
 
 
 def answer_similarity(
     logits: torch.Tensor,  # (K, vocabulary) of the shortcut pass
     batch: dict,  # from `ConversationCollator`
-    digits: torch.Tensor,  # (10,) ids of the tokens "0" to "9"
 ) -> torch.Tensor:  # (B,) in [0, 1]
     "s(o, y) of Eq. 6: softened IoU of boxes, and the geometric mean of the probabilities of words."
     similarity = (-answer_losses(logits, batch["labels"])).exp()
     if not len(batch["rows"]):
         return similarity
-    overlap = box_iou_soft(answer_boxes(logits, batch, digits), batch["boxes"].to(similarity))
+    overlap = box_iou_soft(answer_boxes(logits, batch), batch["boxes"].to(similarity))
     return similarity.index_copy(0, batch["rows"], overlap)
 
 # %% ../../nbs/method/07_conversation_trainer.ipynb #3b899d98
@@ -82,7 +88,6 @@ class ConversationTrainer(W2R2Trainer):
         Trainer.__init__(self, model, args, data_collator, train_dataset, **kwargs)
         self.heads = None
         self._begin()
-        self.digits = torch.tensor(train_dataset.tokenizer.convert_tokens_to_ids(list("0123456789")))
 
     def _get_train_sampler(self, train_dataset=None):
         return Trainer._get_train_sampler(self, train_dataset)
@@ -100,14 +105,13 @@ class ConversationTrainer(W2R2Trainer):
 
     def _beside(self, fused, shortcut, inputs):
         "What stands beside Eq. 2: a value per conversation (B,), and what is logged of the shortcut pass."
-        args, digits = self.args, self.digits.to(fused.device)
-        told, value = {}, None
+        args, told, value = self.args, {}, None
         if shortcut is not None:
-            s = answer_similarity(shortcut, inputs, digits)
+            s = answer_similarity(shortcut, inputs)
             told = {"activation": (s > args.mu).float(), "shortcut_similarity": s}
             value = (s - args.mu).clamp(min=0)
         if args.reading.endswith("reward"):
-            missed = 1 - box_iou_soft(answer_boxes(fused, inputs, digits), inputs["boxes"].to(fused.device))
+            missed = 1 - box_iou_soft(answer_boxes(fused, inputs), inputs["boxes"].to(fused.device))
             weight = 1 if shortcut is None else weight_left(s, args.mu).detach()
             value = weight * missed.new_zeros(len(inputs["tasks"])).index_copy(0, inputs["rows"], missed)
         return value.detach() if args.reading == "literal" else value, told
