@@ -39,6 +39,8 @@ def run_records(config: Config, changes: Set = [], as_json: Json = False):
         return print(json.dumps(made))
     for row in made:
         left = ", ".join(f"{count} left out: {printable(why)}" for why, count in row["left out"].items())
+        if "out of range" in row:
+            left += f"{', ' if left else ''}{row['out of range']} numbers out of range went to the nearest bin"
         name = f"{row['form']:<9}{row['task']:<11}{row['part']:<6}"
         print(f"{name}{row['records']:>8} records, {row['scenes']} scenes  {left}")
     print(f"in {printable(about['folder'])}")

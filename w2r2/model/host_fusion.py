@@ -117,4 +117,4 @@ HOST_FUSIONS = {
     "gated": HostGate,
     "weighted": HostWeighted,
 }
-HOST_READINGS = "none", "literal", "direct", "reward", "weighted reward"  # of Eq. 6, that a host can be trained by
+HOST_READINGS = "none", "literal", "direct", "score", "reward", "weighted reward"  # of Eq. 6, for a host

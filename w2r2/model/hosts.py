@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
+from .answer_tokens import add_bins, bin_ids, read_bins
 from .conversations import byte_tokenizer
 from .vggt import Aggregator
 from .vgllm import VGLLM, VGLLMConfig, check_tensors, from_state_dict
@@ -157,10 +158,14 @@ def read_chat_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _attending(model: VGLLM, attention: str) -> VGLLM:
-    "The model in evaluation mode, with the attention that was asked for."
+def _finished(
+    model: VGLLM, tokenizer: PreTrainedTokenizerBase, attention: str, bins: dict | None, seed: int
+) -> tuple[VGLLM, PreTrainedTokenizerBase]:
+    "The model in evaluation mode, with the attention and the way to say boxes that were asked for."
     model.vlm.set_attn_implementation(attention)
-    return model.eval()
+    if bins is not None:
+        add_bins(model, tokenizer, read_bins(bins), seed)
+    return model.eval(), tokenizer
 
 
 def build_host(
@@ -173,15 +178,16 @@ def build_host(
     merger_hidden: int = 4096,
     dtype: str = "float32",
     attention: str = "sdpa",  # or "flash_attention_2"
-    seed: int = 0,  # of a new merger
+    seed: int = 0,  # of a new merger, and of new tokens
     fusion: str = "add",  # Phi, see `VGLLMConfig`; of a published VG-LLM what its configuration says
+    bins: dict | None = None,  # to say boxes in, see `w2r2.model.answer_tokens.read_bins`; None: as the backbone does
 ) -> tuple[VGLLM, PreTrainedTokenizerBase]:
     """The model in evaluation mode, and its tokenizer. Raises ValueError for weights that do not belong together and
     `ScanNetError` or `FileNotFoundError` for files that cannot be read."""
     folder, kind = _folder(backbone), getattr(torch, dtype)
     tokenizer, about = read_chat_tokenizer(folder), parse_json((folder / "config.json").read_bytes(), folder)
     if about.get("model_type") == VGLLMConfig.model_type:
-        return _attending(VGLLM.from_pretrained(folder, dtype=kind), attention), tokenizer
+        return _finished(VGLLM.from_pretrained(folder, dtype=kind), tokenizer, attention, bins, seed)
     arguments, vggt = ({}, None) if weights3d is None else read_vggt(weights3d)
     published = _published(folder)
     if published is not None:
@@ -190,7 +196,7 @@ def build_host(
         host = AutoConfig.from_pretrained(folder)
         model = from_state_dict(published, host, arguments, order, method, layers).to(kind)
         model.config.views, model.config.frame_width = views, frame_width
-        return _attending(model, attention), tokenizer
+        return _finished(model, tokenizer, attention, bins, seed)
     if vggt is None:
         raise ValueError(f"{backbone} has no VGGT in it: name its weights, such as weights3d=facebook/VGGT-1B")
     vlm = _vlm(folder, kind, attention)
@@ -208,7 +214,7 @@ def build_host(
         model = VGLLM(config, vlm)
     check_tensors(vggt, model.vggt.state_dict())
     model.vggt.load_state_dict(vggt)
-    return _attending(model.to(kind), attention), tokenizer
+    return _finished(model.to(kind), tokenizer, attention, bins, seed)
 
 # %% ../../nbs/model/22_hosts.ipynb #97a57074
 def add_adapters(
@@ -216,16 +222,27 @@ def add_adapters(
     rank: int = 16,
     alpha: int = 32,
     dropout: float = 0.0,
+    rows: list[int] = [],  # of the embeddings, see `w2r2.model.answer_tokens.bin_ids`
 ) -> nn.Module:  # a `peft.PeftModel` around it
-    "LoRA on every matrix of the language model's layers, and the merger and Phi; nothing else is trained."
+    """LoRA on every matrix of the language model's layers, the merger and Phi, and the rows of new tokens; nothing else
+    is trained."""
     from peft import LoraConfig, get_peft_model
 
     whole = ["merger", "fusion"] if list(model.fusion.parameters()) else ["merger"]
     matrices = r"vlm\.model\.language_model\.layers\.\d+\..*_proj"
-    adapted = get_peft_model(
-        model,
-        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=matrices, modules_to_save=whole),
+    tied = model.config.vlm_config.tie_word_embeddings
+    # where peft looks for what the VLM within is: with one matrix for both embeddings, both get the same new rows
+    model.config.tie_word_embeddings, model._tied_weights_keys = tied, {}
+    layers = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    about = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=matrices,
+        modules_to_save=whole,
+        trainable_token_indices={layer: rows for layer in layers} if rows else None,
     )
+    adapted = get_peft_model(model, about)
     visual = model.vlm.model.visual
     if hasattr(visual.merger, "original_module"):  # peft matches the ends of names, and this one ends so too
         visual.merger = visual.merger.original_module
@@ -268,7 +285,7 @@ def read_host(
 
     model, tokenizer = build_host(**parse_json((folder / HOST_FILE).read_bytes(), folder / HOST_FILE))
     about = PeftConfig.from_pretrained(folder)
-    adapted = add_adapters(model, about.r, about.lora_alpha, about.lora_dropout)
+    adapted = add_adapters(model, about.r, about.lora_alpha, about.lora_dropout, bin_ids(model, tokenizer))
     found = load_file(folder / ADAPTER_SAFE_WEIGHTS_NAME)
     wanted = sum(parameter.requires_grad for parameter in adapted.parameters())
     told = set_peft_model_state_dict(adapted, found)

@@ -131,7 +131,7 @@ class SharedCollator(ConversationCollator):
     image: int = field(kw_only=True)  # id of an image token
 
     def __call__(self, packs: list[list[dict]]) -> dict:
-        """As `ConversationCollator`, but `input_ids` (1, T) is the sequence, and `labels`, `rows` and `digit_place` are
+        """As `ConversationCollator`, but `input_ids` (1, T) is the sequence, and `labels`, `rows` and `place` are
         of the queries without their prefix; there is no `attention_mask`, but `pieces`, see `sharing_arguments`, and
         `kept` (1, T) bool, where a token of an answer is predicted. Raises ValueError for packs that do not share."""
         ids, labels, pieces, queries = [], [], [], []
@@ -159,7 +159,8 @@ class SharedCollator(ConversationCollator):
         "What is behind the prefix."
         rest = {name: item[name][prefix:] for name in ("input_ids", "labels")}
         if "places" in item:
-            rest["places"] = [(token - prefix, *place) for token, *place in item["places"]]
+            place = item["places"].place - torch.tensor([prefix, 0])
+            rest["places"] = item["places"]._replace(place=place)
         return item | rest
 
 # %% ../../nbs/model/44_shared_frames.ipynb #00000011

@@ -42,6 +42,7 @@ class VGLLMConfig(PreTrainedConfig):
     frame_width: int = 518  # of a frame for VGGT [pixels]
     fusion: str = "add"  # Phi: a key of `w2r2.model.host_fusion.HOST_FUSIONS`
     fusion_layers: int = 1  # blocks of "cross-attention"
+    bins: dict | None = None  # that it says boxes in, see `w2r2.model.answer_tokens`; None: nine numbers in JSON
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

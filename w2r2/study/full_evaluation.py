@@ -14,6 +14,7 @@ import torch
 
 from ..metrics.accuracy import unique_multiple
 from ..metrics.scoring import Score, score
+from ..model.answer_tokens import check_answers
 from ..model.hosts import read_host
 from ..scans.annotations import LabelTable
 from ..scans.files import atomic_write
@@ -84,13 +85,15 @@ def evaluate_host(
     device: str | None = None,  # None: the first GPU, or the processor where there is none
 ) -> dict[str, Score]:  # by task
     """Answer the validation records of a finished run and score them; answers and scores go to `answers` in its folder,
-    those of the 2D-only pass to `answers_2d`. Raises `FileNotFoundError` for a run that is not finished."""
+    those of the 2D-only pass to `answers_2d`. Raises `FileNotFoundError` for a run that is not finished, and ValueError
+    for records that ask for boxes in another format than the model says."""
     run, longest = Path(settings["train"]["folder"]), settings["evaluate"]["longest"]
     if finished_run(run) is None:
         raise FileNotFoundError(f"{run} holds no finished run; train it with `w2r2 finetune` and the same settings")
     model, tokenizer = read_host(run / "model")
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     records, root = read_all_records(settings, "val"), settings["release"]["root"]
+    check_answers(model.config, records)
     folder, about = run / ("answers_2d" if shortcut else "answers"), {"longest": longest, "frames": model.config.views}
     folder.mkdir(exist_ok=True)
     path = folder / "answers.jsonl"

@@ -15,7 +15,7 @@ import yaml
 from ..metrics import PROTOCOLS
 from ..model.host_fusion import HOST_FUSIONS, HOST_READINGS
 from ..scans.files import ScanNetError, check_weight, regular_file
-from ..tasks.messages import FORMATS
+from ..tasks.messages import ANSWERS, FORMATS
 from ..tasks.samples import Task
 
 # %% ../../nbs/study/40_full_settings.ipynb #00000005
@@ -54,7 +54,8 @@ FULL_SCHEMA = _section(
                 "draws": _COUNT,
                 "limit": _FROM_0,
                 "seed": _FROM_0,
-            }
+            },
+            {"answers": {"enum": list(ANSWERS)}},
         ),
         "model": _section(
             {
@@ -154,6 +155,7 @@ def read_full_settings(
         where = ".".join(error.path[1:]) or "file"
         raise ScanNetError(path, where, error.message.replace(error.name, "it", 1), "See params.scannet.yaml") from None
     dials, records = settings["train"], settings["records"]
+    records.setdefault("answers", "json")
     if ("max_steps" in dials) == ("num_train_epochs" in dials):
         raise ScanNetError(path, "train", "needs either max_steps or num_train_epochs", "Give one of them")
     if dials.get("queries", 1) > 1 and settings["model"]["attention"] != "sdpa":

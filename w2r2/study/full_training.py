@@ -21,6 +21,7 @@ from ..method.conversation_trainer import ConversationTrainer
 from ..method.resuming import last_checkpoint, remove_checkpoint
 from ..method.sharding import launched_process
 from ..method.trainer import W2R2Config
+from ..model.answer_tokens import bin_ids, check_answers
 from ..model.conversations import ConversationCollator, Conversations, read_conversations
 from ..model.geometry_cache import GeometryStore, write_geometry
 from ..model.hosts import HOST_FILE, add_adapters, build_host
@@ -28,6 +29,7 @@ from ..model.memory import GIB, count_model, warn_of_memory
 from ..model.shared_frames import SharedCollator, SharedConversations
 from ..scans.files import ScanNetError, atomic_write, parse_json, settle
 from .finetuning import Curves, Progress
+from ..tasks.answers import SCAN_BINS
 from ..tasks.record_files import record_path
 
 # %% ../../nbs/study/41_full_training.ipynb #00000005
@@ -44,7 +46,9 @@ def host_arguments(settings: dict) -> dict:  # from `w2r2.study.full_settings.re
         "attention",
         "seed",
     )
-    return {name: settings["model"][name] for name in names} | {"views": settings["records"]["frames"]}
+    views = settings["records"]["frames"]
+    bins = {"views": views, **SCAN_BINS} if settings["records"]["answers"] == "bins" else None
+    return {name: settings["model"][name] for name in names} | {"views": views, "bins": bins}
 
 
 def assemble_host(settings: dict) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -54,7 +58,7 @@ def assemble_host(settings: dict) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     if lora := settings["model"].get("lora"):
         with torch.random.fork_rng():
             torch.manual_seed(settings["model"]["seed"])
-            model = add_adapters(model, lora["rank"], lora["alpha"], lora["dropout"])
+            model = add_adapters(model, lora["rank"], lora["alpha"], lora["dropout"], bin_ids(model, tokenizer))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -96,7 +100,9 @@ def conversations_of(
     tokenizer: PreTrainedTokenizerBase,
     model: nn.Module,
 ) -> Conversations:
-    "The records as the model reads them, with F3D from `model.cache` if there is one."
+    """The records as the model reads them, with F3D from `model.cache` if there is one. Raises ValueError for records
+    that ask for boxes in another format than the model says."""
+    check_answers(model.config, records)
     root, width, cache = settings["release"]["root"], settings["model"]["frame_width"], settings["model"].get("cache")
     store = None if cache is None else GeometryStore.open(cache, model)
     return Conversations(records, root, tokenizer, model.config.vlm_config, width, model.vggt.patch_size, store)
@@ -115,7 +121,9 @@ def _claim(folder: Path, settings: dict, first: bool):
     "Raise ValueError for a folder of another run; the first process writes down whose it is."
     path, own = folder / "settings.json", json.loads(json.dumps(settings))
     if path.is_file():
-        if parse_json(path.read_bytes(), path) != own:
+        kept = parse_json(path.read_bytes(), path)
+        kept["records"].setdefault("answers", "json")  # of a run from before there were others
+        if kept != own:
             raise ValueError(
                 f"{folder} is of a run with other settings ({path}); name another train.folder, or remove it"
             )

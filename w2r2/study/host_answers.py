@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..model.answer_tokens import read_bins
 from ..model.conversations import Conversations
 from ..model.hosts import read_chat_tokenizer
 from ..model.shared_frames import FramesRead
@@ -20,8 +21,7 @@ from ..model.vgllm import VGLLM
 from ..scans.geometry import bounding_box, box_corners
 from ..scans.scan import Scan
 from ..scans.views import choose_frames
-from ..tasks.answers import NineNumbers
-from ..tasks.messages import vgllm_record
+from ..tasks.messages import answer_format, vgllm_record
 from ..tasks.samples import Sample, Task
 
 # %% ../../nbs/study/42_host_answers.ipynb #00000005
@@ -57,10 +57,11 @@ def said_box(
     text: str,  # what a model wrote
     record: dict,  # of an evaluation
 ) -> list[float] | None:
-    "The nine numbers of a box in the scan frame [m, rad]; None for text that is no box."
+    """The nine numbers of a box in the scan frame [m, rad], of one in bins with angles of 0; None for text that is no
+    box in the format that was asked for."""
     poses = np.array(record["axis_align_matrix"]) @ np.array(record["cam2global"])
-    box, _ = NineNumbers().parse(text, poses)
-    return None if box is None else box.tolist()
+    box, _ = answer_format(record).parse(text, poses)
+    return None if box is None else [*box.tolist(), *[0.0] * (9 - len(box))]
 
 
 def aligned_box(box: list[float] | None) -> np.ndarray:  # (6,), NaN for no box
@@ -86,12 +87,12 @@ def ask_host(
         if not Path(model.name_or_path, "config.json").is_file():
             raise ValueError("this model was not read from a folder; give its tokenizer")
         tokenizer = read_chat_tokenizer(model.name_or_path)
-    frames, records = choose_frames(scan, model.config.views), []
+    frames, bins, records = choose_frames(scan, model.config.views), read_bins(model.config.bins), []
     for number, what in enumerate(asked):
         text, box = ("", np.asarray(what)) if task == Task.scan2cap else (what, None)
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"{text!r} has half a character (a lone surrogate): give the sentence in UTF-8")
         records.append(
-            vgllm_record(Sample(task, str(number), scan.scene_id, text, (), (), box, -1), None, scan, frames)
+            vgllm_record(Sample(task, str(number), scan.scene_id, text, (), (), box, -1), None, scan, frames, bins)
         )
     return list(answer_records(model, tokenizer, records, scan.root, longest, blind == "3d")), records

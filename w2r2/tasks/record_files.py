@@ -42,9 +42,11 @@ def write_records(
     draws: int = 1,
     limit: int = 0,  # records of each task and split, the first so many of the benchmark's file; 0: all
     seed: int = 0,
+    answers: str = "json",  # see `build_records`
 ) -> list[dict]:  # of each file: form, task, part, records, scenes, and how many were left out for which reason
     """Write the records of a release; further arguments as for `w2r2.tasks.messages.build_records`. Scenes that the
-    release does not have are left out. Raises `ScanNetError` for files that cannot be read."""
+    release does not have are left out. Of boxes to learn in bins, "out of range" counts the numbers that went to the
+    nearest bin. Raises `ScanNetError` for files that cannot be read."""
     if not Path(root, "scans").is_dir():
         raise ScanNetError(root, "scans", "there is no such folder", "Name the folder of a ScanNet release")
     there, made = {path.name for path in Path(root, "scans").iterdir() if path.is_dir()}, []
@@ -57,7 +59,7 @@ def write_records(
                 rows = [row for item in kept for row in item["annotations"]]
             rows = sorted(rows[:limit] if limit and task != "scan2cap" else rows, key=lambda row: row["scene_id"])
             for form in forms:
-                options = dict(form=form, frames=frames, sampling=sampling, draws=draws, seed=seed)
+                options = dict(form=form, frames=frames, sampling=sampling, draws=draws, seed=seed, answers=answers)
                 records, left = build_records(task, rows, root, train=part == "train", **options)
                 target = record_path(folder, form, task, part)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +67,8 @@ def write_records(
                     file.write(json.dumps(records, indent=1).encode())
                 about = {"form": form, "task": task, "part": part, "records": len(records)}
                 about["scenes"] = len({record["metadata"]["scene_id"] for record in records})
+                if any("bins" in record for record in records) and part == "train":
+                    about["out of range"] = sum(record["target"]["out_of_range"] for record in records)
                 away = report.unknown.total()
                 made.append(about | {"left out": dict(left) | ({"scene not in the release": away} if away else {})})
     return made
