@@ -202,6 +202,13 @@ def test_a_stopped_run_with_adapters_goes_on_with_its_new_rows(hosts):
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+def test_adapters_with_bins_are_not_shared_by_fsdp(hosts, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    given = dials(hosts, "qwen3_vl", "shared", "model.lora={rank: 4, alpha: 8, dropout: 0}")
+    assert main(["finetune", *given]) == 2
+    assert "FSDP cannot share" in capsys.readouterr().err and not (hosts / "shared").exists()
+
+
 def test_a_wrong_setting_is_one_line(hosts, capsys):
     assert main(["records", *dials(hosts, "qwen3_vl", "wrong", "records.answers=yaml")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
