@@ -15,7 +15,7 @@ import w2r2.tasks.messages as messages
 from w2r2.cli import main
 from w2r2.method.conversation_trainer import ConversationTrainer, answer_boxes, answer_similarity
 from w2r2.method.trainer import W2R2Config
-from w2r2.model.answer_tokens import bin_ids, read_bins
+from w2r2.model.answer_tokens import bin_ids, host_bins
 from w2r2.model.conversations import ConversationCollator, Conversations, tokenise_chat
 from w2r2.model.hosts import TINY_HOSTS, add_adapters, build_host, read_host, save_host, write_tiny_host
 from w2r2.model.vgllm import VGLLM
@@ -60,7 +60,7 @@ def made_from(folder: Path) -> dict:
 @pytest.mark.parametrize("kind", TINY_HOSTS)
 def test_a_box_comes_back_from_the_tokenizer_of_a_host(hosts, kind):
     model, tokenizer = build_host(**made_from(hosts / kind))
-    assert read_bins(model.config.bins) == Bins(**BINS)
+    assert host_bins(model.config.bins) == Bins(**BINS)
     taught, _ = build_records("scanrefer", DESCRIBED, RELEASE, frames=2, answers="bins")
     asked, _ = build_records("scanrefer", DESCRIBED, RELEASE, frames=2, answers="bins", train=False)
     asked = {record["id"]: record for record in asked}
@@ -160,7 +160,7 @@ def test_the_documented_commands_with_bins(hosts, host, adapters, capsys):
     assert len(log) == 10 and log[-1]["align"] < log[0]["align"] and 0 <= log[0]["shortcut_similarity"] <= 1
     assert main(["finetune", *given]) == 0  # a finished run
     model, tokenizer = read_host(hosts / name / "model")
-    assert isinstance(model, VGLLM) and read_bins(model.config.bins) == Bins(**BINS)
+    assert isinstance(model, VGLLM) and host_bins(model.config.bins) == Bins(**BINS)
     untrained, _ = build_host(**host_arguments(read_full_settings(given[1], given[3::2])))
     rows = bin_ids(model, tokenizer)
     assert (model.get_input_embeddings().weight[rows] != untrained.get_input_embeddings().weight[rows]).any()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..model.answer_tokens import read_bins
+from ..model.answer_tokens import host_bins
 from ..model.conversations import Conversations
 from ..model.hosts import read_chat_tokenizer
 from ..model.shared_frames import FramesRead
@@ -87,7 +87,7 @@ def ask_host(
         if not Path(model.name_or_path, "config.json").is_file():
             raise ValueError("this model was not read from a folder; give its tokenizer")
         tokenizer = read_chat_tokenizer(model.name_or_path)
-    frames, bins, records = choose_frames(scan, model.config.views), read_bins(model.config.bins), []
+    frames, bins, records = choose_frames(scan, model.config.views), host_bins(model.config.bins), []
     for number, what in enumerate(asked):
         text, box = ("", np.asarray(what)) if task == Task.scan2cap else (what, None)
         if any("\ud800" <= character <= "\udfff" for character in text):
