@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from w2r2.cli import main
 from w2r2.method.resuming import last_checkpoint
+from w2r2.rooms import release as rooms
 from w2r2.study.jobs import Job, execute
 
 DATA = Path(__file__).parents[1] / "data"
@@ -126,3 +127,21 @@ def test_a_result_that_is_not_whole_is_set_aside_and_done_again(tmp_path, monkey
         assert execute([job], workers=0) == 1
     assert job.result == 7 and (job.folder / "result.damaged").read_text() == content
     assert not list(job.folder.glob("*.part"))
+
+
+def test_what_a_killed_build_of_rooms_left_is_removed(tmp_path):
+    "Views are told from others by a digest of the scans' files, so a file too many would be another release."
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    for root in (whole, again):
+        rooms.build(root, "val", share=1 / 130)
+    (scene,) = (again / "scans").iterdir()
+    (record,) = (again / "records").iterdir()
+    record.rename(record.with_name(f".{record.name}.123.part"))  # killed as it was written, and others before
+    (scene / f".{scene.name}.sens.12.part").write_bytes(b"half")
+    (again / "scanqa" / ".ScanQA_v1.0_val.json.7.part").write_bytes(b"half")
+    rooms.build(again, "val", share=1 / 130)
+    files = [
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
+        for root in (whole, again)
+    ]
+    assert files[0] == files[1]

@@ -141,6 +141,12 @@ def recipe_digest(
     return digest.hexdigest()
 
 
+def _clear(folder: Path, pattern: str):
+    "Remove what writers that were killed have left; nobody else writes these files."
+    for left in folder.glob(pattern):
+        left.unlink()
+
+
 def _build_scene(root: Path, number: int, split: str, folder: Path, mark: str) -> dict:
     "The records of one scene, built unless it is there already."
     said = root / "records" / f"scene{number:04d}_00.json"
@@ -150,6 +156,8 @@ def _build_scene(root: Path, number: int, split: str, folder: Path, mark: str) -
             return records
     recipes = read_recipes(folder)
     scene, recording, records = make(number, split_knobs(split, recipes), recipes)
+    _clear(root / "scans" / scene.scene_id, ".*.part")
+    _clear(said.parent, f".{said.name}.*.part")
     write(root, scene, recording)
     records |= {"scene_id": scene.scene_id, "fingerprint": mark}
     with atomic_write(said) as file:
@@ -172,6 +180,8 @@ def build(
     numbers = numbers[: max(1, round(share * len(numbers)))]
     for name in ("scans", "splits", "scanrefer", "scanqa", "records"):
         (root / name).mkdir(parents=True, exist_ok=True)
+    for name in ("splits", "scanrefer", "scanqa"):
+        _clear(root / name, f".*_{split}.*.part")
     label_table(recipes).write(root / "scannetv2-labels.combined.tsv")
     scenes = Parallel(workers, return_as="generator")(
         delayed(_build_scene)(root, n, split, folder, mark) for n in numbers
