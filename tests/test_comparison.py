@@ -42,7 +42,7 @@ def test_every_system_answers_on_one_page_and_has_a_card_on_the_next(tmp_path):
     assert len(audit_systems(systems)) == 8 and len(list((tmp_path / "build/traces").glob("*.html"))) == len(ROWS)
     assert pd.read_csv(tmp_path / "reports/figures.csv").metric.nunique() == 7
 
-    execute_page("cards", tmp_path, {}, {"queries": 3, "scenes": 2})
+    execute_page("cards", tmp_path, {}, {"queries": 6, "scenes": 2})
     cards = pd.read_csv(tmp_path / "reports/cards.csv")
     assert {name.partition(":")[0] for name in cards.system} == ROWS and cards.system.nunique() == 8
     made = cards.groupby("system").measure.agg(set)
