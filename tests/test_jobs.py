@@ -204,7 +204,7 @@ def pipeline(tmp_path):
     return tmp_path
 
 
-REPRO = re.search("^REPRO := dvc (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+REPRO = re.search("^REPRO := w2r2 unlock && dvc (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
 REPRO[:0] = [sys.executable, "-m", "dvc"]
 
 
