@@ -15,7 +15,7 @@ import w2r2.tasks.messages as messages
 from w2r2.cli import main
 from w2r2.method.conversation_trainer import ConversationTrainer, answer_boxes, answer_similarity
 from w2r2.method.trainer import W2R2Config
-from w2r2.model.answer_tokens import bin_ids, host_bins
+from w2r2.model.answer_tokens import bin_ids
 from w2r2.model.conversations import ConversationCollator, Conversations, tokenise_chat
 from w2r2.model.hosts import TINY_HOSTS, add_adapters, build_host, read_host, save_host, write_tiny_host
 from w2r2.model.vgllm import VGLLM
@@ -25,7 +25,7 @@ from w2r2.study.full_settings import read_full_settings
 from w2r2.study.full_training import finetune_host, finished_run, host_arguments
 from w2r2.study.host_answers import aligned_box, said_box
 from w2r2.systems.fused_systems import FusedSystem
-from w2r2.tasks.answers import SCAN_BINS, Bins
+from w2r2.tasks.answers import SCAN_BINS, Bins, bins_from
 from w2r2.tasks.messages import answer_format, build_records
 from w2r2.tasks.samples import read_scanrefer
 
@@ -60,7 +60,7 @@ def made_from(folder: Path) -> dict:
 @pytest.mark.parametrize("kind", TINY_HOSTS)
 def test_a_box_comes_back_from_the_tokenizer_of_a_host(hosts, kind):
     model, tokenizer = build_host(**made_from(hosts / kind))
-    assert host_bins(model.config.bins) == Bins(**BINS)
+    assert bins_from(model.config.bins) == Bins(**BINS)
     taught, _ = build_records("scanrefer", DESCRIBED, RELEASE, frames=2, answers="bins")
     asked, _ = build_records("scanrefer", DESCRIBED, RELEASE, frames=2, answers="bins", train=False)
     asked = {record["id"]: record for record in asked}
@@ -153,7 +153,7 @@ def test_a_host_learns_a_box_in_bins_and_says_it_by_the_documented_commands(host
     given = dials(hosts, "qwen2_5_vl", "run", "train.reading=none", "train.max_steps=30")
     assert main(["records", *given]) == 0 and main(["finetune", *given]) == 0
     model, tokenizer = read_host(hosts / "run/model")
-    assert isinstance(model, VGLLM) and host_bins(model.config.bins) == Bins(**BINS)
+    assert isinstance(model, VGLLM) and bins_from(model.config.bins) == Bins(**BINS)
     assert tokenizer.decode(tokenizer("<view_1><x_255>")["input_ids"]) == "<view_1><x_255>"
     capsys.readouterr()
     assert main(["evaluate", *given, "--json"]) == 0

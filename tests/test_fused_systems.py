@@ -63,6 +63,8 @@ def test_a_card_of_a_system_by_its_name(tmp_path, capsys):
     assert kept["system"] == "spar" and "2D only" in capsys.readouterr().out
     assert main(["diagnose", str(tmp_path / "card"), "--system", "sparr"]) == 2
     assert "video-3d-llm" in capsys.readouterr().err
+    assert main(["diagnose", str(tmp_path / "card"), "--system", "my_module:Mine", "--proposals", "true"]) == 2
+    assert "is made without arguments" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

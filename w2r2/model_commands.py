@@ -120,6 +120,8 @@ def system_from(
 
     kind = known_systems().get(name)
     if kind is None:
+        if any(parts.values()):
+            raise ValueError(f"{name} is made without arguments; leave --proposals, --detector and --segmenter out")
         return system_named(name)
     made = parts_from(kind, parts)
     return kind(model if issubclass(kind, FusedSystem) else vlm_named(vlm, url, store), **made)
@@ -343,7 +345,9 @@ def run_diagnose(
     else:
         reader = system_named("fused", model)
         parts = {"proposals": proposals, "detector": detector, "segmenter": segmenter}
-        asked = system_from(system or "fused", model, vlm, url, store, **parts)
+        asked = reader
+        if system or any(parts.values()):
+            asked = system_from(system or "fused", model, vlm, url, store, **parts)
         chosen = choose_queries(read_scanrefer(records)[0], queries, scenes, seed)
         scans = [Scan(root, scene) for scene in sorted({record["scene_id"] for record in chosen})]
         out.mkdir(parents=True, exist_ok=True)

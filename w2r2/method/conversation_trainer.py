@@ -27,9 +27,14 @@ def answer_losses(
 ) -> torch.Tensor:  # (B,) [nat], 0 for a conversation without an answer
     "Eq. 2: the mean cross-entropy over the tokens of each answer."
     kept = labels >= 0
-    row, tokens = kept.nonzero()[:, 0], kept.sum(1)
     losses = functional.cross_entropy(logits.float(), labels[kept], reduction="none")
-    return losses.new_zeros(len(labels)).index_add(0, row, losses) / tokens.clamp(min=1)
+    return _means(losses, kept.nonzero()[:, 0], len(labels))
+
+
+def _means(values: torch.Tensor, group: torch.Tensor, count: int) -> torch.Tensor:
+    "(count,) mean of the values of each group, 0 of none."
+    total = values.new_zeros(count).index_add(0, group, values)
+    return total / torch.bincount(group, minlength=count).clamp(min=1)
 
 
 def answer_boxes(
@@ -84,12 +89,6 @@ def greedy_answers(
     overlap = box_iou(answer_boxes(logits, batch, greedy=True), batch["boxes"].to(likely))
     likely = likely.index_copy(0, batch["rows"], _means(told[sized], box[sized], len(batch["rows"])))
     return right.index_copy(0, batch["rows"], overlap), likely
-
-
-def _means(values: torch.Tensor, group: torch.Tensor, count: int) -> torch.Tensor:
-    "(count,) mean of the values of each group, 0 of none."
-    total = values.new_zeros(count).index_add(0, group, values)
-    return total / torch.bincount(group, minlength=count).clamp(min=1)
 
 # %% ../../nbs/method/07_conversation_trainer.ipynb #3b899d98
 class ConversationTrainer(W2R2Trainer):

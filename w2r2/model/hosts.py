@@ -26,11 +26,12 @@ from transformers import (
 )
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
-from .answer_tokens import add_bins, bin_ids, host_bins
+from .answer_tokens import add_bins, bin_ids
 from .conversations import byte_tokenizer
 from .vggt import Aggregator
 from .vgllm import VGLLM, VGLLMConfig, check_tensors, from_state_dict
 from ..scans.files import ScanNetError, parse_json
+from ..tasks.answers import bins_from
 
 # %% ../../nbs/model/22_hosts.ipynb #0928d426
 TINY_AGGREGATOR = {"image_size": 56, "width": 16, "depth": 3, "heads": 2, "vit_depth": 1}
@@ -164,7 +165,7 @@ def _finished(
     "The model in evaluation mode, with the attention and the way to say boxes that were asked for."
     model.vlm.set_attn_implementation(attention)
     if bins is not None:
-        add_bins(model, tokenizer, host_bins(bins), seed)
+        add_bins(model, tokenizer, bins_from(bins), seed)
     return model.eval(), tokenizer
 
 
@@ -180,7 +181,7 @@ def build_host(
     attention: str = "sdpa",  # or "flash_attention_2"
     seed: int = 0,  # of a new merger, and of new tokens
     fusion: str = "add",  # Phi, see `VGLLMConfig`; of a published VG-LLM what its configuration says
-    bins: dict | None = None,  # to say boxes in, see `w2r2.model.answer_tokens.host_bins`; None: as the backbone does
+    bins: dict | None = None,  # to say boxes in, see `w2r2.tasks.answers.bins_from`; None: as the backbone does
 ) -> tuple[VGLLM, PreTrainedTokenizerBase]:
     """The model in evaluation mode, and its tokenizer. Raises ValueError for weights that do not belong together and
     `ScanNetError` or `FileNotFoundError` for files that cannot be read."""

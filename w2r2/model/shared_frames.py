@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -106,10 +106,6 @@ class SharedConversations(Dataset):
         for number in np.random.default_rng(seed).permutation(len(data)).tolist():
             groups[prefix_key(data.records[number])].append(number)
         self.packs = [own[first : first + queries] for own in groups.values() for first in range(0, len(own), queries)]
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.data.tokenizer
 
     def __len__(self):
         return len(self.packs)

@@ -23,7 +23,7 @@ from .layout import Scene, generate
 from .scanner import Recording, scan
 from .shapes import load_catalogue
 from ..scans.annotations import LabelTable, write_split
-from ..scans.files import atomic_write
+from ..scans.files import atomic_write, remove_parts
 from ..scans.scan import Scan, objects_of_vertices, write_scan
 from ..scans.views import visible_pixels
 from ..shipped import DATA
@@ -141,12 +141,6 @@ def recipe_digest(
     return digest.hexdigest()
 
 
-def _clear(folder: Path, pattern: str):
-    "Remove what writers that were killed have left; nobody else writes these files."
-    for left in folder.glob(pattern):
-        left.unlink()
-
-
 def _build_scene(root: Path, number: int, split: str, folder: Path, mark: str) -> dict:
     "The records of one scene, built unless it is there already."
     said = root / "records" / f"scene{number:04d}_00.json"
@@ -156,8 +150,8 @@ def _build_scene(root: Path, number: int, split: str, folder: Path, mark: str) -
             return records
     recipes = read_recipes(folder)
     scene, recording, records = make(number, split_knobs(split, recipes), recipes)
-    _clear(root / "scans" / scene.scene_id, ".*.part")
-    _clear(said.parent, f".{said.name}.*.part")
+    remove_parts(root / "scans" / scene.scene_id)
+    remove_parts(said.parent, f"{said.name}.*")
     write(root, scene, recording)
     records |= {"scene_id": scene.scene_id, "fingerprint": mark}
     with atomic_write(said) as file:
@@ -181,7 +175,7 @@ def build(
     for name in ("scans", "splits", "scanrefer", "scanqa", "records"):
         (root / name).mkdir(parents=True, exist_ok=True)
     for name in ("splits", "scanrefer", "scanqa"):
-        _clear(root / name, f".*_{split}.*.part")
+        remove_parts(root / name, f"*_{split}.*")
     label_table(recipes).write(root / "scannetv2-labels.combined.tsv")
     scenes = Parallel(workers, return_as="generator")(
         delayed(_build_scene)(root, n, split, folder, mark) for n in numbers

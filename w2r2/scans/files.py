@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCENE_ID', 'MAX_SIDE', 'MAX_PIXELS', 'MAX_SCANS', 'MAX_NOTES', 'MAX_EXPANSION', 'ScanNetError', 'regular_file',
            'check_weight', 'parse_json', 'read_checked', 'plain_numbers', 'check_once', 'settle', 'naming',
-           'atomic_write', 'exclusive', 'inside', 'scene_folder', 'open_image', 'decode_image']
+           'atomic_write', 'remove_parts', 'exclusive', 'inside', 'scene_folder', 'open_image', 'decode_image']
 
 # %% ../../nbs/scans/02_files.ipynb #22546d2d
 import contextlib
@@ -173,9 +173,8 @@ def naming(
     except Exception as error:
         if found := re.search(r"\(os error ([0-9]+)\)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
-        if any(
-            word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream")
-        ):  # torch does not say why
+        torch_says = "PytorchStreamWriter", "inline_container", "iostream"  # and not why
+        if any(word in str(error) for word in torch_says):
             raise OSError(errno.EIO, f"could not be written ({str(error).splitlines()[0][:200]})", str(path)) from error
         raise
 
@@ -202,6 +201,15 @@ def atomic_write(
         with contextlib.suppress(OSError):  # a folder that has become read-only keeps it; the first error says why
             part.unlink(missing_ok=True)
         raise
+
+
+def remove_parts(
+    folder: str | Path,
+    names: str = "*",  # pattern of the names of the parts, without the dot before and `.part` behind
+):
+    "Remove what writers of `atomic_write` that were killed have left; only for files that nobody else writes."
+    for part in Path(folder).glob(f".{names}.part"):
+        part.unlink()
 
 # %% ../../nbs/scans/02_files.ipynb #747ac95c
 @contextlib.contextmanager

@@ -153,11 +153,6 @@ def warn_if_too_large(model: nn.Module, settings: dict, args: W2R2Config, state:
     )
 
 
-def _new_rows(settings: dict) -> bool:
-    "Whether adapters train rows of new tokens."
-    return "lora" in settings["model"] and settings["records"]["answers"] == "bins"
-
-
 def finetune_host(
     settings: dict,  # from `w2r2.study.full_settings.read_full_settings`
     tell: Callable[[int, int], None] = lambda done, steps: None,  # of the first process, after every step
@@ -166,7 +161,8 @@ def finetune_host(
     folder of another run, for a model and records that do not fit, and for adapters with bins that FSDP would share."""
     dials = dict(settings["train"])
     queries = dials.pop("queries", 1)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and _new_rows(settings):
+    new_rows = "lora" in settings["model"] and settings["records"]["answers"] == "bins"  # that adapters train
+    if new_rows and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError(
             "FSDP cannot share peft's rows of new tokens: with records.answers=bins take model.lora on one process, or "
             "FSDP without model.lora"

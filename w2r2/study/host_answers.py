@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..model.answer_tokens import host_bins
 from ..model.conversations import Conversations
 from ..model.hosts import read_chat_tokenizer
 from ..model.shared_frames import FramesRead
@@ -21,6 +20,7 @@ from ..model.vgllm import VGLLM
 from ..scans.geometry import bounding_box, box_corners
 from ..scans.scan import Scan
 from ..scans.views import choose_frames
+from ..tasks.answers import bins_from
 from ..tasks.messages import answer_format, vgllm_record
 from ..tasks.samples import Sample, Task
 
@@ -87,7 +87,7 @@ def ask_host(
         if not Path(model.name_or_path, "config.json").is_file():
             raise ValueError("this model was not read from a folder; give its tokenizer")
         tokenizer = read_chat_tokenizer(model.name_or_path)
-    frames, bins, records = choose_frames(scan, model.config.views), host_bins(model.config.bins), []
+    frames, bins, records = choose_frames(scan, model.config.views), bins_from(model.config.bins), []
     for number, what in enumerate(asked):
         text, box = ("", np.asarray(what)) if task == Task.scan2cap else (what, None)
         if any("\ud800" <= character <= "\udfff" for character in text):

@@ -28,7 +28,7 @@ from joblib import parallel_config
 from tqdm import tqdm
 
 from ..machine import SWITCHES
-from ..scans.files import atomic_write, exclusive
+from ..scans.files import atomic_write, exclusive, remove_parts
 from ..scans.stores import sha256_text
 
 # %% ../../nbs/study/05_jobs.ipynb #f02ed504
@@ -107,8 +107,7 @@ def carry_out(
     with exclusive(folder):
         if job.finished:
             return
-        for part in folder.glob(".*.part"):  # of an attempt that was killed: nobody else is here
-            part.unlink()
+        remove_parts(folder)  # nobody else is here
         path = folder / "result.json"
         if path.is_file() and job._result is None:
             path.replace(folder / "result.damaged")

@@ -20,7 +20,7 @@ import torch
 from ..scans.cameras import invert_rigid, transform_points
 from ..scans.scan import Scan
 from ..scans.views import choose_frames, object_views
-from .answers import SCAN_BINS, Bins, NineNumbers
+from .answers import SCAN_BINS, Bins, NineNumbers, bins_from
 from .samples import Sample, Task, captioned_objects, sample_of
 
 # %% ../../nbs/tasks/04_messages.ipynb #8e4f8f62
@@ -126,8 +126,7 @@ def answer_format(record: dict) -> NineNumbers | Bins:
     "What a record of VG-LLM's format asks a box to be said in."
     if "bins" not in record:
         return NineNumbers()
-    about = record["bins"]
-    return Bins(len(record["metadata"]["positions"]), about["count"], tuple(about["low"]), tuple(about["width"]))
+    return bins_from(record["bins"] | {"views": len(record["metadata"]["positions"])})
 
 
 def _turns(asked: str, said: str | None) -> list[dict]:
