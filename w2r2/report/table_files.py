@@ -33,8 +33,8 @@ STANDS = (
 )
 PICKS = (
     'Lines "here, picks: ...": the answer is picked among candidate boxes, with exact 3D; what the model was trained '
-    "on (all, few or biased descriptions), whose boxes (true ones if nothing is said), how it picks (by two hops if nothing "
-    "is said)."
+    "on (all, few or biased descriptions), whose boxes (true ones if nothing is said), how it picks (by two "
+    "hops if nothing is said)."
 )
 REFINED = (
     "Refined by proposals: each box is replaced by the proposal that overlaps it most. Proposals are made from sensor "
