@@ -1,6 +1,7 @@
 """Geometry cards of classes outside the package: one that cannot see geometry, one that sees nothing else."""
 
 import json
+import socket
 import textwrap
 from types import SimpleNamespace
 
@@ -10,11 +11,14 @@ import pytest
 from w2r2.cli import main
 from w2r2.scans.scan import Scan
 from w2r2.shipped import DATA
-from w2r2.systems.asking import choose_queries
-from w2r2.systems.card import diagnose
+from w2r2.systems.altered_scans import LENSES
+from w2r2.systems.asking import RecordedAnswers, ask_system, choose_queries
+from w2r2.systems.card import diagnose, make_card
+from w2r2.systems.endpoint import Endpoint, EndpointError
 
 RECORDS = json.loads((DATA / "samples/scanrefer/ScanRefer_filtered_samples.json").read_text())
 MEANT = {(r["scene_id"], r["description"]): int(r["object_id"]) for r in RECORDS}
+DESTROYED = "depth zero", "depth and poses permuted", "depth, poses and mesh swapped"
 
 
 class GeometryBlind:
@@ -73,7 +77,7 @@ def cards(tmp_path_factory):
 def test_a_system_that_cannot_see_geometry(cards):
     lines, card = cards[0]["blind"], cards[1]["blind"]
     assert card.system == "GeometryBlind" and card.scenes == 4 and not card.refused
-    for name in ("depth zero", "depth permuted", "depth swapped"):
+    for name in DESTROYED:
         assert lines[name].figures[name].value == 1 and "No use of it is shown" in lines[name].sentence
     assert lines["moved"].figures["slope"].value == lines["scaled"].figures["slope"].value == 0
     assert "mostly stays" in lines["moved"].sentence and "mostly stays" in lines["scaled"].sentence
@@ -90,7 +94,7 @@ def test_a_system_that_sees_nothing_but_geometry(cards):
     assert lines["2D only"].figures["2D only"].value == 0 and "Geometry helps" in lines["2D only"].sentence
     for name in ("moved", "scaled"):
         assert np.isclose(lines[name].figures["slope"].value, 1, atol=0.02) and "mostly goes" in lines[name].sentence
-    for name in ("depth zero", "depth permuted", "depth swapped"):
+    for name in DESTROYED:
         assert lines[name].figures[name].value < 0.2 and "needs what was destroyed" in lines[name].sentence
     assert lines["intrinsics"].figures["0.5"].value < whole and "told matter" in lines["intrinsics"].sentence
     assert lines["queries that need geometry"].figures["needs geometry"].value == whole
@@ -115,6 +119,9 @@ def test_command_with_a_class_of_the_present_folder(tmp_path, monkeypatch, capsy
     kept = json.loads((tmp_path / "out/card.json").read_text())
     assert kept["refused"] == {"depth zero": "needs <depth>"} and kept["system"] == "outsider:Middle"
     assert "needs &lt;depth&gt;" in (tmp_path / "out/card.html").read_text()
+    (zero,) = (line for line in kept["lines"] if line["name"] == "depth zero")
+    assert zero["verdict"] == "refused" and "refused: needs <depth>. Whether" in zero["sentence"]
+    assert "needs what was destroyed" not in zero["sentence"] and zero["figures"]["depth zero"]["value"] == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["answers.json", "card.html", "card.json"]
     assert main(["diagnose", "again", "--answers", "out/answers.json", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == kept
@@ -123,6 +130,41 @@ def test_command_with_a_class_of_the_present_folder(tmp_path, monkeypatch, capsy
     (tmp_path / "cut.json").write_text("{}")
     assert main(["diagnose", "again", "--answers", "cut.json"]) == 2
     assert "cut.json: file: it must contain" in capsys.readouterr().err
+
+
+class Away(GeometryBlind):
+    "Has a VLM that goes away after so many scans."
+
+    variants = ("2d+3d",)
+
+    def __init__(self, answered, server):
+        self.left, self.vlm = answered, server
+
+    def ground(self, scan, texts, inputs="2d+3d"):
+        self.left -= 1
+        if self.left < 0:
+            self.vlm.parse(texts[0], "Name the kind of object.", {"target": str})
+        return super().ground(scan, texts, inputs)
+
+
+def test_a_server_that_goes_away_refuses_nothing(tmp_path):
+    with socket.socket() as nobody:  # an address at which nothing listens
+        nobody.bind(("127.0.0.1", 0))
+        dead = Endpoint(f"http://127.0.0.1:{nobody.getsockname()[1]}/v1", "m", tmp_path, patience=1, timeout=2)
+    chosen = choose_queries(RECORDS, 4, scenes=1)
+    with Scan(DATA / "samples", chosen[0]["scene_id"]) as scan:
+        for server, told in ((dead, "no answer"), (Endpoint("http://127.0.0.1/v1", "m", tmp_path, budget=0), "budget")):
+            with pytest.raises(EndpointError, match=told):  # it fails in the first altered scan
+                ask_system(Away(1, server), [scan], chosen, tmp_path / "altered")
+
+
+def test_lenses_that_are_refused_are_not_a_worst_case():
+    truth, texts = np.tile([1.0, 1, 1, 1, 1, 1], (4, 1)), ["a", "b", "c", "d"]
+    nothing = np.full((4, 6), np.nan)
+    boxes = {"2d+3d": truth} | {change.name: truth for change in LENSES} | {"intrinsics 0.5": nothing}
+    said = RecordedAnswers("s", ["x", "x", "y", "y"], texts, texts, truth, boxes, {"intrinsics 0.5": "too short"})
+    (line,) = (line for line in make_card(said).lines if line.name == "intrinsics")
+    assert list(line.figures) == ["0.75", "1", "1.25", "1.5"] and "are not shown to matter" in line.sentence
 
 
 def test_whole_objects_are_drawn_from_every_scene():

@@ -19,6 +19,7 @@ import numpy as np
 from ..scans.files import ScanNetError, atomic_write, read_checked, regular_file
 from ..scans.scan import Scan
 from .altered_scans import ALTERATIONS, alter_scan
+from .endpoint import EndpointError
 from .grounder import GROUNDERS
 
 # %% ../../nbs/systems/21_asking.ipynb #00000004
@@ -127,7 +128,7 @@ def ask_system(
     seed: int = 0,
 ) -> RecordedAnswers:
     """Asks everything. A condition that the system refuses with ValueError counts as unanswered; for the unaltered scan
-    the error is raised."""
+    the error is raised, and so is `EndpointError`: a model that is away refuses nothing."""
     by_id, order = {scan.scene_id: scan for scan in scans}, [record["scene_id"] for record in records]
     unknown = set(order) - set(by_id)
     if unknown:
@@ -158,7 +159,7 @@ def ask_system(
                     scan = alter_scan(scan, change, cache, by_id[ids[(place + 1) % len(ids)]], seed)
                 answers = asked.ground(scan, [said.texts[row] for row in rows], inputs)
             except ValueError as error:
-                if change is None:
+                if change is None or isinstance(error, EndpointError):
                     raise
                 said.refused.setdefault(condition, str(error))
                 continue

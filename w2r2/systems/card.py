@@ -31,7 +31,8 @@ class CardLine:
     question: str
     figures: dict[str, Interval]  # a share, or a slope
     sentence: str
-    verdict: str = ""  # of a test that decides: "helps", "hurts"; "follows", "stays"; "lower", "higher"; else "open"
+    # of a test that decides: "helps", "hurts"; "follows", "stays"; "lower", "higher"; "refused"; else "open"
+    verdict: str = ""
     source: str = ""
 
 
@@ -211,27 +212,45 @@ def make_card(
 
     add("four moves", "Is an answer right wherever the room is?", "arXiv 2603.23523", moves, consistent)
 
-    for name, how, source in (
-        ("depth zero", "Depth and mesh are set to nothing", "arXiv 2506.05318"),
-        ("depth permuted", "Depth and poses change places among the frames", "arXiv 2503.17349"),
-        ("depth swapped", "Depth, poses and mesh come from another scene", "arXiv 2506.05318"),
+    for condition, name, how, source in (
+        ("depth zero", "depth zero", "Depth and mesh are set to nothing", "arXiv 2506.05318"),
+        (
+            "depth permuted",
+            "depth and poses permuted",
+            "Depth and poses change places among the frames",
+            "arXiv 2503.17349",
+        ),
+        (
+            "depth swapped",
+            "depth, poses and mesh swapped",
+            "Depth, poses and mesh come from another scene",
+            "arXiv 2506.05318",
+        ),
     ):
 
         def destroyed():
-            value, lost = share(right(name)), paired_difference(fused, right(name), groups)
+            value, lost = share(right(condition)), paired_difference(fused, right(condition), groups)
+            figures = {"intact": whole, name: value}
+            if why := said.refused.get(condition):  # an error is no answer that got worse
+                sentence = f"{how}: refused: {why.rstrip('.')}. Whether it would be used is open."
+                return figures, sentence, "refused"
             verdict = {"more": "lower", "fewer": "higher"}.get(_apart(lost), "open")
             told = "not clearly different" if verdict == "open" else verdict
             sentence = f"{how}: accuracy is {told}, {_percent(value)} instead of {_percent(whole)}. " + (
                 "The system needs what was destroyed." if verdict == "lower" else "No use of it is shown."
             )
-            return {"intact": whole, name: value}, sentence, verdict
+            return figures, sentence, verdict
 
-        add(name, f"{how}: what is left?", source, [name], destroyed)
+        add(name, f"{how}: what is left?", source, [condition], destroyed)
 
     def lens():
-        figures = {"0.5": None, "0.75": None, "1": whole, "1.25": None, "1.5": None}
-        figures |= {f"{change.intrinsics:g}": share(right(change.name)) for change in LENSES}
-        worst = min(LENSES, key=lambda change: right(change.name).mean())
+        asked = [change for change in LENSES if change.name not in said.refused]
+        if not asked:
+            return f"refused: {said.refused[LENSES[0].name]}"
+        figures = dict.fromkeys(sorted([1.0, *(change.intrinsics for change in asked)]), whole)
+        figures |= {change.intrinsics: share(right(change.name)) for change in asked}
+        figures = {f"{factor:g}": value for factor, value in figures.items()}
+        worst = min(asked, key=lambda change: right(change.name).mean())
         lost = paired_difference(fused, right(worst.name), groups)
         told = "matter" if lost.low > 0 else "are not shown to matter"
         value = figures[f"{worst.intrinsics:g}"]

@@ -85,8 +85,8 @@ CARD_MEASURES = {  # name -> test, figure
     "all of an object": ("all descriptions", "all of an object"),
     "in all four moves": ("four moves", "all four"),
     "depth zero": ("depth zero", "depth zero"),
-    "depth permuted": ("depth permuted", "depth permuted"),
-    "depth swapped": ("depth swapped", "depth swapped"),
+    "depth and poses permuted": ("depth and poses permuted", "depth and poses permuted"),
+    "depth, poses and mesh swapped": ("depth, poses and mesh swapped", "depth, poses and mesh swapped"),
     "focal length halved": ("intrinsics", "0.5"),
     "slope, moved": ("moved", "slope"),
     "slope, scaled": ("scaled", "slope"),
@@ -134,11 +134,12 @@ def in_one_sentence(card: Card) -> str:
         whole, value = (100 * flat.figures[name].value for name in ("2D and 3D", "2D only"))
         told = {"helps": "3D helps", "hurts": "3D hurts"}.get(flat.verdict, "3D is not shown to help or hurt")
         parts.append(f"{told} ({whole:.0f} % right with it, {value:.0f} % without)")
-    destroyed = [name for name in lines if name.startswith("depth ")]
-    lost = [name for name in destroyed if lines[name].verdict == "lower" and name not in card.refused]
-    parts += [f"a scan with {name} is refused" for name in destroyed if name in card.refused]
+    destroyed = [name for name in lines if name.startswith("depth")]
+    parts += [f"a scan with {name} is refused" for name in destroyed if lines[name].verdict == "refused"]
+    asked = [name for name in destroyed if lines[name].verdict != "refused"]
+    lost = [name for name in asked if lines[name].verdict == "lower"]
     parts += [f"accuracy falls with {' and with '.join(lost)}"] * bool(lost)
-    if destroyed and not lost:
+    if asked and not lost:
         parts.append("what was destroyed is not shown to lower accuracy")
     for name, what, change in (("moved", "the answer", "moved"), ("scaled", "its size", "scaled")):
         if name in lines:
