@@ -20,6 +20,7 @@ from .grids import SHOWN
 from .intervals import in_points
 from .results import select
 from ..scans.tables import read_table
+from ..systems.grounder import REFINED_FLAT
 
 # %% ../../nbs/report/09_measured_systems.ipynb #00000003
 FUSED_INPUTS = "2d+3d"
@@ -98,9 +99,12 @@ def dashes(systems: Systems | None) -> str:
 
 
 def systems_table(systems: Systems) -> pd.DataFrame:
-    "Every figure of every variant, for one grid: shares in percent, calls as they are, milliseconds."
+    "Every figure of every variant, for one grid: shares in percent, calls as they are, milliseconds; and `queries`."
     figures = systems.figures.assign(interval=list(map(_over, systems.figures.to_dict("records"))))
     figures["metric"] = figures.metric.replace("seconds per query", "ms per query")
+    line = ["row", "about", "vlm", "inputs"]
+    asked = figures[figures.task == "scanrefer"].groupby(line, sort=False).n.first().rename("queries")
+    figures = figures.merge(asked, on=line, how="left")
     scale = figures.metric.map({"calls per query": 1, "ms per query": 1000}).fillna(100)
     for name in ("value", "low", "high"):
         figures[name] = scale * figures[name]
@@ -159,13 +163,16 @@ def _pairs(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:  # _QUERY, s
 
 
 def compare_systems_claim(answers: pd.DataFrame, metric: str, a: dict, b: dict | str) -> Finding:
-    """Decide one statement: of each side the best that was measured; without 3D, of the same make as with 3D."""
+    """Decide one statement: of each side the best that was measured; without 3D, of the same make as with 3D, and of none
+    whose boxes depth has refined on both sides."""
     sides = _sides(answers[~answers.vlm.isin(REFERENCES) & (answers.about != TRUE_BOXES)], metric)
-    first = _best(sides, lambda row, about, vlm, inputs: row == a["row"] and inputs == FUSED_INPUTS)
+    flat = [name for name in sides if name[3] not in (FUSED_INPUTS, REFINED_FLAT)]
+    usable = list(sides) if b == "best other" else [name for name in sides if name[:3] in {own[:3] for own in flat}]
+    first = _best(sides, lambda *name: name in usable and name[0] == a["row"] and name[3] == FUSED_INPUTS)
     if b == "best other":
         second = _best(sides, lambda row, about, vlm, inputs: row not in (a["row"], "ours") and inputs == FUSED_INPUTS)
     else:
-        second = first and _best(sides, lambda *name: name[:3] == first[:3] and name[3] != FUSED_INPUTS)
+        second = first and _best(sides, lambda *name: name in flat and name[:3] == first[:3])
     if first is None or second is None:
         return Finding(PENDING, f"no answers of {a['row'] if first is None else 'another system'}")
     pairs = _pairs(sides[first], sides[second])

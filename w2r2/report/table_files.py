@@ -29,7 +29,9 @@ from w2r2.report.tables import (
 LEGEND = "Terms and marks: table glossary."
 STANDS = (
     'Lines "here: ...": what stands for a system of the paper on the embedded benchmark, asked fewer descriptions '
-    "than our own lines; VLM rooms is the tiny model, oracle knows the right object, random guesses."
+    "than our own lines; VLM rooms is the tiny model, oracle knows the right object, random guesses. None of those that "
+    "ask a VLM sees images alone: without 3D too their detector has read depth, and the boxes of SeqVLM (but with class "
+    "size) and SeeGround are that detector's. Camera poses are kept by all."
 )
 PICKS = (
     'Lines "here, picks: ...": the answer is picked among candidate boxes, with exact 3D; what the model was trained '
@@ -63,7 +65,9 @@ def write_all(
             "metric",
             1,
             "metric",
-            " ".join(["Table 1 of the paper, ScanRefer.", *about]),
+            " ".join(
+                ["Table 1 of the paper, ScanRefer. VLM-Grounder's printed numbers are by IoU of masks in 2D.", *about]
+            ),
         ),
         "table2": (
             table2(results, paper, systems=systems, picks=picks),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..metrics.statistics import Interval, bootstrap, paired_difference
+from ..metrics.statistics import Interval, bootstrap, paired_difference, share_interval
 from ..scans.overlap import aligned_iou
 from ..scans.scan import Scan
 from .altered_scans import ALTERATIONS, LENSES, MOVES, SCALES
@@ -126,7 +126,7 @@ def make_card(
         return (np.nan_to_num(aligned_iou(boxes[condition], wanted)) >= threshold).astype(float)
 
     def share(values, where=slice(None)):
-        return bootstrap(values[where], groups[where])
+        return share_interval(values[where], groups[where])
 
     def add(name, question, source, needs, make):
         absent = [condition for condition in needs if condition not in boxes]
@@ -247,9 +247,8 @@ def make_card(
         asked = [change for change in LENSES if change.name not in said.refused]
         if not asked:
             return f"refused: {said.refused[LENSES[0].name]}"
-        figures = dict.fromkeys(sorted([1.0, *(change.intrinsics for change in asked)]), whole)
-        figures |= {change.intrinsics: share(right(change.name)) for change in asked}
-        figures = {f"{factor:g}": value for factor, value in figures.items()}
+        found = {1.0: whole} | {change.intrinsics: share(right(change.name)) for change in asked}
+        figures = {f"{factor:g}": found[factor] for factor in sorted(found)}
         worst = min(asked, key=lambda change: right(change.name).mean())
         lost = paired_difference(fused, right(worst.name), groups)
         told = "matter" if lost.low > 0 else "are not shown to matter"
@@ -268,7 +267,10 @@ def make_card(
     def objects():
         if not several.any():
             return "no object has several descriptions"
-        value, alone = bootstrap(every[several], groups[first[several]]), share(fused, np.isin(owner, ids[several]))
+        value, alone = (
+            share_interval(every[several], groups[first[several]]),
+            share(fused, np.isin(owner, ids[several])),
+        )
         return {"each description": alone, "all of an object": value}, (
             f"{_percent(alone)} of the descriptions are right, and all of them for {_percent(value)} of the objects."
         )

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..metrics import measures
 from ..metrics.scoring import pool
-from ..metrics.statistics import Measure
+from ..metrics.statistics import Measure, share_interval
 from ..scans.overlap import aligned_iou
 from ..scans.scan import Scan
 from ..study.jobs import Job, execute
@@ -26,7 +26,7 @@ from ..tasks.samples import captioned_objects, read_scanrefer
 
 # %% ../../nbs/systems/32_comparison_figures.ipynb #00000004
 LINE = ["row", "system", "about", "vlm", "inputs"]  # what tells lines of figures apart
-ANSWER_COLUMNS = [*LINE, "seed", "scene", "object", "ann_id", "iou", "calls", "seconds"]
+ANSWER_COLUMNS = [*LINE, "seed", "scene", "object", "ann_id", "iou", "mask_iou", "calls", "seconds"]
 FIGURE_COLUMNS = [*LINE, "task", "metric", "protocol", "n", "scenes", "seeds", "value", "low", "high", "why"]
 GROUNDS_ONLY = "its published code grounds only: it has no captioning and no question answering"
 
@@ -50,7 +50,8 @@ def read_answers(
                 with Scan(root, scene) as scan:
                     truth[scene] = dict(zip(scan.object_ids.tolist(), scan.boxes))
             for inputs, said in job.result.items():
-                for record, box, calls in zip(job.settings["descriptions"], said["boxes"], said["calls"], strict=True):
+                each = job.settings["descriptions"], said["boxes"], said["masks"], said["calls"]
+                for record, box, mask, calls in zip(*each, strict=True):
                     true = truth[scene][int(record["object_id"])]
                     overlap = 0.0 if box is None else float(aligned_iou(np.array(box), true))
                     rows.append(
@@ -61,7 +62,7 @@ def read_answers(
                             "object": int(record["object_id"]),
                             "ann_id": str(record["ann_id"]),
                         }
-                        | {"iou": overlap, "calls": calls, "seconds": said["seconds"]}
+                        | {"iou": overlap, "mask_iou": mask, "calls": calls, "seconds": said["seconds"]}
                     )
     return pd.DataFrame(rows, columns=ANSWER_COLUMNS)
 
@@ -76,10 +77,13 @@ def grounding_figures(
         label = dict(zip(LINE, labels)) | {"task": "scanrefer", "protocol": "scanrefer", "why": ""}
         label |= {"n": len(own) // max(1, seeds), "scenes": own.scene.nunique(), "seeds": seeds or None}
         seed = own.seed.to_numpy() if seeds else None
-        for least in (0.25, 0.5):
-            right = (own.iou >= least).to_numpy(float)
-            value, low, high, _ = Measure("", right, own.scene.to_numpy(), seeds=seed).interval()
-            rows.append(label | {"metric": f"Acc@{least}", "value": value, "low": low, "high": high})
+        # a system that makes masks and gave none has found nothing
+        masks = {"mask ": own.mask_iou.astype(float).fillna(0)} if own.mask_iou.notna().any() else {}
+        for name, overlap in ({"": own.iou} | masks).items():
+            for least in (0.25, 0.5):
+                right = (overlap >= least).to_numpy(float)
+                value, low, high, _ = share_interval(right, own.scene.to_numpy(), seed)
+                rows.append(label | {"metric": f"{name}Acc@{least}", "value": value, "low": low, "high": high})
         for metric in ("calls", "seconds"):
             rows.append(label | {"metric": f"{metric} per query", "value": own[metric].mean()})
     return pd.DataFrame(rows, columns=FIGURE_COLUMNS)

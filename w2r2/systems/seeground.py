@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..scans.scan import Scan
-from .detectors import RoomsDetector, best_class, proposal_rectangles, scan_proposals
-from .grounder import FUSED, GROUNDERS, Grounding, Step, check_inputs
+from .detectors import RoomsDetector, best_class, made_from, proposal_rectangles, scan_proposals
+from .grounder import FUSED, GROUNDERS, Grounding, Kept, Step, check_inputs
 from .lifting import nearest_proposal
 from .marks import RED, cut_out, write_marks
 from .projection import look_at, mark_places, read_shots, render_points, scan_points
@@ -46,6 +46,12 @@ class SeeGround:
     ):
         self.vlm, self.proposals, self.detector = vlm, proposals, detector or RoomsDetector()
         self.side, self.lift, self.skip = side, lift, skip
+
+    def keeps(self, inputs: str = FUSED) -> Kept:
+        "See `w2r2.systems.grounder.Kept`."
+        if inputs == FUSED:
+            return Kept("a rendering of depth", proposals=made_from(self.proposals))
+        return Kept("images", self.detector.reads, made_from(self.proposals))
 
     def ground(self, scan: Scan, texts: Sequence[str], inputs: str = FUSED) -> list[Grounding]:
         "One answer per description; raises ValueError for unknown inputs, `ScanNetError` as `Scan`."

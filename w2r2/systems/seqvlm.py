@@ -17,10 +17,11 @@ from w2r2.systems.detectors import (
     RoomsDetector,
     best_class,
     link_detections,
+    made_from,
     proposal_rectangles,
     scan_proposals,
 )
-from .grounder import FUSED, GROUNDERS, Grounding, Step, check_inputs
+from .grounder import FUSED, GROUNDERS, Grounding, Kept, Step, check_inputs
 from .lifting import lift_usual, nearest_proposal, usual_sizes
 from .marks import cut_out, draw_rectangle, limit_side, stitch
 from .projection import read_shots
@@ -63,6 +64,11 @@ class SeqVLM:
             alive = -(-alive // self.batch)
             calls += alive
         return calls
+
+    def keeps(self, inputs: str = FUSED) -> Kept:
+        "See `w2r2.systems.grounder.Kept`."
+        proposals = "–" if ": " in inputs else made_from(self.proposals)
+        return Kept("images", "–" if inputs == FUSED else self.detector.reads, proposals)
 
     def ground(self, scan: Scan, texts: Sequence[str], inputs: str = FUSED) -> list[Grounding]:
         "One answer per description; raises ValueError for unknown inputs, `ScanNetError` as `Scan`."

@@ -21,7 +21,7 @@ from ..scans.views import choose_frames
 from ..study import predict
 from ..study.host_answers import answer_records
 from .fused_systems import FusedSystem, _asked
-from .grounder import FUSED, GROUNDERS, Grounding, Step
+from .grounder import FUSED, GROUNDERS, Grounding, Kept, Step
 from ..tasks.messages import vgllm_record
 from ..tasks.samples import Sample, Task
 
@@ -101,6 +101,10 @@ class Spar(FusedSystem):
         if self.picks:
             raise ValueError(f"{folder}: spar says boxes; this model picks among candidates")
 
+    def keeps(self, inputs: str = FUSED) -> Kept:
+        "See `w2r2.systems.grounder.Kept`."
+        return Kept("images", lifting="depth" if inputs == FUSED or self.refined else "–")
+
     def blind(self, inputs: str) -> str:
         "Always without geometry; raises ValueError for inputs that are not among the variants."
         super().blind(inputs)
@@ -116,7 +120,7 @@ class Spar(FusedSystem):
         else:
             found = self._respond(scan, _asked(texts), blind)
             said, boxes, named = found.texts, found.boxes, found.views
-        return self._groundings(scan, views, seen, texts, said, boxes, named, inputs == FUSED)
+        return self._groundings(scan, views, seen, texts, said, boxes, named, inputs == FUSED or self.refined)
 
     def _ask_host(self, scan: Scan, texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
         frames, records, blank = choose_frames(scan, self.model.config.views), [], ((), (), None, -1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..scans.scan import Scan
 from .detectors import Detections, RoomsDetector, link_detections
-from .grounder import FUSED, GROUNDERS, Grounding, Step, check_inputs
+from .grounder import FUSED, GROUNDERS, Grounding, Kept, Step, check_inputs
 from .lifting import lift_masks, masked_points, usual_sizes, visual_hull
 from .marks import cut_out, make_grids, write_marks
 from .projection import read_shots, seen_points
@@ -52,6 +52,10 @@ class VLMGrounder:
     def most_calls(self) -> int:
         "Questions that one description can cost: what it names, the frames, a mark."
         return 1 + self.retries + 1
+
+    def keeps(self, inputs: str = FUSED) -> Kept:
+        "See `w2r2.systems.grounder.Kept`."
+        return Kept("images", self.detector.reads, lifting="depth" if inputs == FUSED else "–")
 
     def ground(self, scan: Scan, texts: Sequence[str], inputs: str = FUSED) -> list[Grounding]:
         "One answer per description; raises ValueError for unknown inputs, `ScanNetError` as `Scan`."
