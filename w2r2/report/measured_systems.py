@@ -163,8 +163,8 @@ def _pairs(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:  # _QUERY, s
 
 
 def compare_systems_claim(answers: pd.DataFrame, metric: str, a: dict, b: dict | str) -> Finding:
-    """Decide one statement: of each side the best that was measured; without 3D, of the same make as with 3D, and of none
-    whose boxes depth has refined on both sides."""
+    """Decide one statement: of each side the best that was measured; without 3D, of the same make as with 3D; none
+    whose boxes depth refines on both sides."""
     sides = _sides(answers[~answers.vlm.isin(REFERENCES) & (answers.about != TRUE_BOXES)], metric)
     flat = [name for name in sides if name[3] not in (FUSED_INPUTS, REFINED_FLAT)]
     usable = list(sides) if b == "best other" else [name for name in sides if name[:3] in {own[:3] for own in flat}]

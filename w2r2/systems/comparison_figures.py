@@ -145,6 +145,8 @@ def word_figures(
             m = next(m for m in found if m.name == name)
             value, low, high, n = m.interval()
             label |= {key: part / m.scale for key, part in {"value": value, "low": low, "high": high}.items()}
+            if m.share:  # all right, or none, has an interval too
+                label |= share_interval(m.values, m.groups, m.seeds)._asdict()
             counts = {"n": n // max(1, seeds), "scenes": len(set(m.groups)), "seeds": seeds or None}
             rows.append(label | counts | {"why": ""})
     return pd.DataFrame(rows, columns=FIGURE_COLUMNS)

@@ -25,8 +25,8 @@ MOST_PICTURES = 12  # of one step
 
 def _shown(picture: np.ndarray, about: str) -> str:
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "PNG")
-    return f'<img alt="{about}" src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+    Image.fromarray(picture).save(stream, "JPEG", quality=80)
+    return f'<img alt="{about}" src="data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}">'
 
 
 def _step(step: Step) -> str:
