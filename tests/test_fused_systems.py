@@ -4,14 +4,19 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from w2r2.cli import main
+from w2r2.model.checkpoint import load, save
 from w2r2.model.hosts import build_host, save_host, write_tiny_host
 from w2r2.scans.scan import Scan
 from w2r2.shipped import DATA
 from w2r2.systems import spar as spar_module
 from w2r2.systems.asking import known_systems, system_named
+from w2r2.systems.detectors import ZeroShotDetector
 from w2r2.systems.fused_systems import VGLLMSystem
+from w2r2.systems.grounder import REFINED_FLAT, Kept
+from w2r2.systems.reference_vlms import vlm_named
 from w2r2.systems.spar import Spar
 
 SCENE, TEXT = "scene9000_00", "the black couch"
@@ -21,6 +26,43 @@ def test_all_systems_of_the_tables_have_a_name():
     known = known_systems()
     assert {"fused", "vg-llm", "video-3d-llm", "spar", "seqvlm", "vlm_grounder", "seeground"} <= set(known)
     assert all(kind.variants[0] == "2d+3d" and len(kind.variants) > 1 for kind in known.values())
+
+
+def test_what_each_variant_keeps_of_3d():
+    vlm = vlm_named("random")
+    made = [system_named(name, vlm) for name in ("seqvlm", "vlm_grounder", "seeground")]
+    made += [system_named(name, DATA / "rooms-tiny-finetuned") for name in ("fused", "spar")]
+    made += [system_named("fused", DATA / "rooms-tiny-finetuned", refined=True)]
+    kept = {(type(one).__name__, inputs): one.keeps(inputs) for one in made for inputs in one.variants}
+    lifts = {name for name, own in kept.items() if own.lifting == "depth"}
+    assert lifts == {
+        ("VLMGrounder", "2d+3d"),
+        ("Spar", "2d+3d"),
+        ("FusedSystem", "2d+3d"),
+        ("FusedSystem", REFINED_FLAT),
+    }
+    assert kept["FusedSystem", "2d"] == kept["Spar", "2d"] == Kept("images")
+    assert kept["SeeGround", "2d"].proposals == kept["SeqVLM", "2d"].proposals == "depth"
+    assert all(kept[name].detection == "depth" for name in kept if name[0] == "VLMGrounder")
+    seeing = system_named("vlm_grounder", vlm, detector=ZeroShotDetector(torch.nn.Identity(), None))
+    assert seeing.keeps("2d: visual hull") == Kept("images", "images")
+
+
+def test_zeros_of_vg_llm_stand_in_two_places(tmp_path):
+    model, tokenizer, packer = load(DATA / "rooms-tiny-finetuned")
+    model.config.encoder3d = "vggt"  # whose features are as wide
+    save(model, tokenizer, packer.bins, tmp_path / "model")
+    system = VGLLMSystem(tmp_path / "model")
+    seen = []
+    project = system.model.fusion.project
+    system.model.fusion.project = lambda *given: seen.append(system.model.fusion.zero) or project(*given)
+    with Scan(DATA / "samples", SCENE) as scan:
+        for inputs in system.variants:
+            system.ground(scan, [TEXT], inputs)
+    assert system.variants == ("2d+3d", "2d", "2d: zeros before the projector")
+    assert list(dict.fromkeys(seen)) == ["projected", "input"] and seen[-1] == "input"
+    assert system.model.fusion.zero == "projected"
+    assert VGLLMSystem(tmp_path / "model", refined=True).variants == ("2d+3d", REFINED_FLAT)
 
 
 @pytest.mark.parametrize("system", ["fused", "spar", "seqvlm"])

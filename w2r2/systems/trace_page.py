@@ -29,10 +29,10 @@ def _shown(picture: np.ndarray, about: str) -> str:
     return f'<img alt="{about}" src="data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}">'
 
 
-def _step(step: Step) -> str:
+def _step(step: Step, most: int) -> str:
     e = html.escape
-    shown = "".join(_shown(picture, f"shown: {e(step.kind)}") for picture in step.pictures[:MOST_PICTURES])
-    left = len(step.pictures) - MOST_PICTURES
+    shown = "".join(_shown(picture, f"shown: {e(step.kind)}") for picture in step.pictures[:most])
+    left = len(step.pictures) - most
     calls = "" if not step.calls else f" ({step.calls} call{'s' * (step.calls > 1)} of the model)"
     return (
         f"<section><h3>{e(step.kind)}{calls}</h3><p class=q>{e(step.asked)}</p><p><b>{e(step.answered)}</b></p>"
@@ -46,6 +46,7 @@ def trace_page(
     text: str,  # the description
     answers: Mapping[str, Grounding],  # by variant
     truth: np.ndarray | None = None,  # (6,) the right box [m], where it is known
+    most: int = MOST_PICTURES,
 ) -> str:
     "One HTML page with the way to every answer."
     e, parts = html.escape, []
@@ -56,7 +57,7 @@ def trace_page(
             said += f"; IoU with the true box {overlap:.2f}"
         calls = sum(step.calls for step in answer.trace)
         parts.append(f"<h2>{e(inputs)}</h2><p>Answer: <b>{e(said)}</b>. Calls of the model: {calls}.</p>")
-        parts += map(_step, answer.trace)
+        parts += [_step(step, most) for step in answer.trace]
     known = "" if truth is None else f" The true box is {' '.join(f'{value:.2f}' for value in truth)}."
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
@@ -71,8 +72,13 @@ def trace_page(
 def write_trace(
     path: str | Path,
     *what,  # of `trace_page`
+    most_bytes: int | None = None,  # then each step has fewer pictures, if need be, but one
 ) -> Path:
     "Write a page; an existing one is replaced."
+    for most in (MOST_PICTURES, 6, 3, 2, 1):
+        page = trace_page(*what, most=most).encode()
+        if most_bytes is None or len(page) <= most_bytes:
+            break
     with atomic_write(path) as file:
-        file.write(trace_page(*what).encode())
+        file.write(page)
     return Path(path)
