@@ -75,7 +75,8 @@ def card_page(card: Card) -> str:
         f"Intervals: 95 %, bootstrap over {over}.</p>"
         "<p>A move changes cameras, depth and mesh together, so an answer that is made in a view and placed by its "
         "pose goes along without any depth; no image shows a scale. What depth itself gives is seen where it is "
-        "destroyed.</p>"
+        "zero; where it is permuted or swapped, poses change too. A refused scan counts as no answer, and shows "
+        "nothing about use.</p>"
         + "".join(parts)
         + (f"<h2>Not measured, or refused</h2><ul>{listed}</ul>" if notes else "")
         + "</html>\n"
