@@ -2,18 +2,25 @@
 
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import torch
 
 from w2r2.cli import main
+from w2r2.scans.files import ScanNetError
 from w2r2.scans.overlap import aligned_iou
+from w2r2.scans.recording import Frame
 from w2r2.scans.scan import Scan
+from w2r2.scans.sens import write_sens
 from w2r2.shipped import DATA
 from w2r2.systems.detectors import Detections, detector_named, link_detections
 from w2r2.systems.grounder import FUSED, GROUNDERS
+from w2r2.systems.lifting import learning_release, usual_sizes
+from w2r2.systems.local_vlm import TransformersVLM, write_tiny_vlm
 from w2r2.systems.projection import read_shots
 from w2r2.systems.seeground import SeeGround
 from w2r2.systems.segmenters import segmenter_named
@@ -112,6 +119,29 @@ def test_links_follow_rectangles_that_overlap(scan):
     rectangles = [np.array([[0.0, 0, 40, 40], [100, 60, 150, 110]]), np.array([[102.0, 62, 152, 112], [1, 1, 41, 41]])]
     found = [Detections(own, ["chair"] * 2, np.ones(2)) for own in rectangles]
     assert link_detections(found, read_shots(scan), 0.9) == [{0: 0, 1: 1}, {0: 1, 1: 0}]
+
+
+@pytest.fixture
+def long(tmp_path, scan):
+    "The recording of the scan fifty times over."
+    shutil.copytree(scan.folder, tmp_path / "scans" / scan.scene_id)
+    shutil.copy(scan.root / "scannetv2-labels.combined.tsv", tmp_path)
+    sens = tmp_path / "scans" / scan.scene_id / f"{scan.scene_id}.sens"
+    sens.unlink()
+    write_sens(sens, scan.frames.header, (frame for _ in range(50) for frame in scan.frames))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("skip", "count"), [(None, 100), (12, 50)])
+def test_a_long_recording_is_read_in_part(long, scan, skip, count, monkeypatch, capsys):
+    read = []
+    decode = Frame.color.func
+    monkeypatch.setattr(Frame, "color", property(lambda self: read.append(self.index) or decode(self)))
+    command = ["ground", scan.scene_id, "the couch", "--root", str(long), "--system", "vlm_grounder", "--vlm", "random"]
+    assert main([*command, *([] if skip is None else ["--skip", str(skip)])]) == 0
+    said = capsys.readouterr()
+    assert f"{count} of 600 frames are read" in said.err and said.out.startswith("the couch")
+    assert len(set(read)) <= count + 12 and len(read) <= 2 * count  # the detector looks at frames of its own
 
 
 def random_detector(kind: str):
@@ -267,10 +297,66 @@ def test_a_system_asks_a_server_by_the_command(scan, server, system, tmp_path, c
     ]
     assert main([*command, "--json"]) == 0
     said, calls = capsys.readouterr(), len(asked)
-    assert calls <= int(re.match(r"at most (\d+) questions to endpoint:", said.err)[1])
+    assert calls <= int(re.search(r"at most (\d+) questions to endpoint:", said.err)[1])
     box = json.loads(said.out)[0]["box"]
     assert aligned_iou(np.array(box), scan.boxes[scan.labels.index("sofa")]) > 0.25 and calls >= 1
     assert main([*command, "--json"]) == 0 and len(asked) == calls  # out of the store
     assert json.loads(capsys.readouterr().out)[0]["box"] == box
     assert "secret-of-mine" not in "".join(path.read_text() for path in (tmp_path / "kept").iterdir())
     assert main([*command, "--html", "page.html"]) == 2 and "--inputs" in capsys.readouterr().err
+
+
+def test_a_split_goes_on_after_its_budget_and_is_scored(scan, server, tmp_path, capsys):
+    "As somebody with an endpoint would ask a system all of a split: stopped, resumed, scored."
+    url, asked = server
+    records = json.loads((DATA / "samples/scanrefer/ScanRefer_filtered_samples.json").read_text())
+    sofa = str(scan.object_ids[scan.labels.index("sofa")])
+    some = [row for row in records if row["scene_id"] == scan.scene_id and row["object_id"] == sofa][:2]
+    some += [row for row in records if row["scene_id"] == "scene9001_00"][:1]
+    subset, out = tmp_path / "some.json", tmp_path / "said"
+    subset.write_text(json.dumps([{key: row[key] for key in ("scene_id", "object_id", "ann_id")} for row in some]))
+    command = ["predict", str(out), "--system", "seeground", "--url", url, "--vlm", "x", "--subset", str(subset)]
+    command += ["--store", str(tmp_path / "kept"), "--budget", "4"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "3 descriptions of 2 scenes; at most 6 questions to endpoint:x, with at most 3 pictures" in said
+    (line,) = [line for line in said.splitlines() if "budget of requests is used up" in line]
+    assert line.startswith("w2r2 predict: ") and "1 of 2 scenes are complete" in line
+    assert len(asked) == 4 and not (out / "scanrefer.jsonl").exists()
+    assert main(command) == 0 and len(asked) <= 6
+    calls = len(asked)
+    assert main(command) == 0 and len(asked) == calls  # nothing is left to ask
+    capsys.readouterr()
+    truth = ["--annotations", str(out / "scanrefer_truth.jsonl"), "--benchmark", "scanrefer", "--protocol", "scanrefer"]
+    assert main(["score", str(out / "scanrefer.jsonl"), *truth, "--json"]) == 0
+    rows = {row["metric"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["Acc@0.25"]["n"] == 3 and rows["Acc@0.25"]["value"] >= 2 / 3 * 100 - 1e-6
+
+
+def test_models_go_where_pytorch_has_a_gpu(tmp_path, monkeypatch):
+    for kind, model in {"detector": random_detector("owlv2"), "sam": random_sam("sam")}.items():
+        for part in model:
+            part.save_pretrained(tmp_path / kind)
+    write_tiny_vlm(tmp_path / "vlm")
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append(device) or self)
+    detector_named(tmp_path / "detector"), segmenter_named(tmp_path / "sam")
+    TransformersVLM.load(tmp_path / "vlm", tmp_path / "kept")
+    assert moved == ["cuda"] * 3
+
+
+def test_usual_sizes_are_of_the_training_split(scan, tmp_path):
+    "A release with another label table is none of the embedded benchmark: its own annotated scans are read."
+    shutil.copytree(scan.folder, tmp_path / "scans" / scan.scene_id)
+    table = (scan.root / "scannetv2-labels.combined.tsv").read_text()
+    (tmp_path / "scannetv2-labels.combined.tsv").write_text(table.rstrip("\n") + "\n" * 2)
+    system = VLMGrounder(Script("couch"))
+    with Scan(tmp_path, scan.scene_id) as other:
+        with pytest.raises(ScanNetError, match="scannetv2_train.txt: file: is missing"):
+            system.ground(other, ["the couch"], "2d: constant depth")
+        (tmp_path / "splits").mkdir()
+        (tmp_path / "splits" / "scannetv2_train.txt").write_text(f"scene0700_00\n{scan.scene_id}\n")
+        assert learning_release(other) == (tmp_path, "train")
+    sizes, _ = usual_sizes(tmp_path, "train")
+    np.testing.assert_allclose(sizes["sofa"], scan.boxes[scan.labels.index("sofa"), 3:])

@@ -59,6 +59,7 @@ def record_schema(required: dict, optional: dict = {}) -> dict:
 
 
 SCHEMAS = {
+    "query": record_schema(_KEY),
     "annotation": record_schema(_KEY | {"bbox": _BOX}, {"unique_multiple": _FLAG, "others": _FLAG}),
     "grounding": record_schema(_KEY | {"bbox": _ANSWER}, {"unique_multiple": _FLAG, "others": _FLAG}),
     "grounding with truth": record_schema(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..machine import best_device
 from ..metrics.accuracy import unique_multiple
 from ..metrics.scoring import Score, score
 from ..model.answer_tokens import check_answers
@@ -91,7 +92,7 @@ def evaluate_host(
     if finished_run(run) is None:
         raise FileNotFoundError(f"{run} holds no finished run; train it with `w2r2 finetune` and the same settings")
     model, tokenizer = read_host(run / "model")
-    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.to(device or best_device())
     records, root = read_all_records(settings, "val"), settings["release"]["root"]
     check_answers(model.config, records)
     folder, about = run / ("answers_2d" if shortcut else "answers"), {"longest": longest, "frames": model.config.views}

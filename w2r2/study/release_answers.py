@@ -29,13 +29,15 @@ _KEYS = "scene_id", "object_id", "ann_id"
 def described_boxes(
     root: str | Path,  # of a ScanNet release
     split: str,
+    only: list[dict] | None = None,  # records of these descriptions; None: all
 ) -> list[dict]:  # scene_id, object_id, ann_id, bbox (6 numbers [m]), unique_multiple, others
-    "The true boxes of all descriptions; raises `ScanNetError` for a release that cannot be read."
+    "The true boxes of descriptions; raises `ScanNetError` for a release that cannot be read."
     root = Path(root)
     path = benchmark_file(root, "scanrefer", split)
     rows, _ = read_scanrefer(path)
     flags = unique_multiple(rows, LabelTable.read(root / "scannetv2-labels.combined.tsv").nyu40id)
-    labelled = [row | flag for row, flag in zip(rows, flags)]
+    wanted = {tuple(row[key] for key in _KEYS) for row in (rows if only is None else only)}
+    labelled = [row | flag for row, flag in zip(rows, flags) if tuple(row[key] for key in _KEYS) in wanted]
     truth = []
     for scene, described in rows_by_scene(labelled).items():
         with Scan(root, scene) as scan:

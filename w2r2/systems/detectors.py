@@ -21,6 +21,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from ..machine import best_device
 from ..model.checkpoint import load
 from ..model.detector import Detector, detect_scan
 from ..scans.prepared import prepare_scan
@@ -97,7 +98,7 @@ def made_from(
 def proposal_rectangles(
     scan: Scan,
     source: str = "detector",  # see `scan_proposals`
-    skip: int = 1,  # see `w2r2.systems.projection.read_shots`
+    skip: int | None = None,  # see `w2r2.systems.projection.read_shots`
 ) -> np.ndarray:  # (P, V, 4) [pixels], NaN where a box is not seen
     "Every proposal in every frame."
     inside = box_points(scan_proposals(scan, source).boxes, scan_points(scan, skip)[0])
@@ -122,7 +123,7 @@ class RoomsDetector:
         self,
         scan: Scan,
         name: str,  # of the class
-        skip: int = 1,  # see `w2r2.systems.projection.read_shots`
+        skip: int | None = None,  # see `w2r2.systems.projection.read_shots`
     ) -> list[Detections]:  # one per frame
         "The objects of a class in all frames."
         given, seen = scan_proposals(scan), proposal_rectangles(scan, "detector", skip)
@@ -151,7 +152,7 @@ class ZeroShotDetector:
     @classmethod
     def load(cls, folder: str | Path, threshold: float = 0.2) -> "ZeroShotDetector":
         "From a folder, or by name from the hub; raises OSError for one that is not there."
-        model = AutoModelForZeroShotObjectDetection.from_pretrained(folder)
+        model = AutoModelForZeroShotObjectDetection.from_pretrained(folder).to(best_device())
         return cls(model, AutoProcessor.from_pretrained(folder), threshold)
 
     @torch.no_grad()
@@ -174,7 +175,7 @@ class ZeroShotDetector:
         boxes = result["boxes"].cpu().double().numpy().reshape(-1, 4)
         return Detections(boxes, [name] * len(boxes), result["scores"].cpu().double().numpy())
 
-    def find(self, scan: Scan, name: str, skip: int = 1) -> list[Detections]:
+    def find(self, scan: Scan, name: str, skip: int | None = None) -> list[Detections]:
         "The objects of a class in all frames; see `RoomsDetector.find`."
         return [self.look(image, name) for image in read_shots(scan, skip).color]
 

@@ -77,7 +77,8 @@ class Chat:
     def _spend(self):
         "Count a request; raises EndpointError if there is none left."
         if self.budget <= 0:
-            raise EndpointError(f"{self.name}: the budget of requests is used up; answers so far are in {self.store}")
+            told = f"answers so far are in {self.store}, and asking again goes on from there"
+            raise EndpointError(f"{self.name}: the budget of requests is used up; {told}")
         self.budget -= 1
 
     def _ask(self, text: str, pictures: Sequence[np.ndarray], read) -> tuple[dict | None, int]:

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
+from ..machine import best_device
 from ..model.checkpoint import load
 from ..model.conversations import byte_tokenizer
 from ..model.hosts import read_chat_tokenizer
@@ -218,7 +219,7 @@ class TransformersVLM(Chat):
             raise ValueError(f"{folder}: its processor cannot be made; {' '.join(str(error).split())}") from None
         if not getattr(processor, "chat_template", None):
             raise ValueError(f"{folder}: its processor has no chat template; name a VLM that was taught to chat")
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(best_device())
         return cls(model, processor, str(folder), store, **options)
 
     @torch.no_grad()

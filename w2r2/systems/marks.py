@@ -7,7 +7,8 @@ __all__ = ['RED', 'SHAPES', 'draw_rectangle', 'write_name', 'write_marks', 'cut_
            'make_grids']
 
 # %% ../../nbs/systems/05_marks.ipynb #00000002
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -69,7 +70,7 @@ def cut_out(
     edge, room = np.array(image.shape[1::-1]), margin * (high - low)
     first = np.clip(np.floor(low - room), 0, edge - 1).astype(int)
     last = np.clip(np.ceil(high + room), first + 1, edge).astype(int)
-    return image[first[1] : last[1], first[0] : last[0]]
+    return image[first[1] : last[1], first[0] : last[0]].copy()  # or it would keep the whole frame in memory
 
 # %% ../../nbs/systems/05_marks.ipynb #00000009
 SHAPES = (4, 1), (2, 4), (8, 2), (9, 3)  # rows and columns of a picture, the smallest first
@@ -127,14 +128,11 @@ def limit_side(
 
 
 def make_grids(
-    images: Sequence[np.ndarray],  # frames of one size
+    images: Iterable[np.ndarray],  # frames of one size; those of one picture are in memory at a time
     names: Sequence[str],  # written into them
     side: int = 2048,  # of a picture at most [pixels]
 ) -> list[np.ndarray]:
     "Named frames in grids by `grid_shapes`."
-    named = [write_name(image, name) for image, name in zip(images, names, strict=True)]
-    grids = []
-    for rows, columns in grid_shapes(len(named)):
-        grids.append(limit_side(stitch(named[: rows * columns], columns), side))
-        named = named[rows * columns :]
-    return grids
+    named = (write_name(image, name) for image, name in zip(images, names, strict=True))
+    shapes = grid_shapes(len(names))
+    return [limit_side(stitch(list(islice(named, rows * columns)), columns), side) for rows, columns in shapes]

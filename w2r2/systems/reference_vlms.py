@@ -29,7 +29,7 @@ class OracleVLM:
         scan: Scan,
         box: np.ndarray,  # (6,) of the right object [m]
         label: str,  # its class
-        skip: int = 1,  # see `w2r2.systems.projection.read_shots`
+        skip: int | None = None,  # see `w2r2.systems.projection.read_shots`
     ):
         shots = read_shots(scan, skip)
         rectangles = seen_rectangles(box_points(box[None], scan_points(scan, skip)[0]), shots)[0]
@@ -90,11 +90,12 @@ def vlm_named(
     name: str,  # its name on the server; without one a key of `LOCAL_VLMS`, or a model of transformers (folder, hub)
     url: str | None = None,  # of an OpenAI-compatible server, as far as `/v1`
     store: str | Path = "vlm_answers",  # folder of the answers of a server or a model of transformers
+    budget: int = 1000,  # requests that these may be sent
 ) -> VLM:
     "A VLM; raises OSError or ValueError for a model that cannot be read."
     if url:
-        return Endpoint(url, name, store)
-    return LOCAL_VLMS[name]() if name in LOCAL_VLMS else TransformersVLM.load(name, store)
+        return Endpoint(url, name, store, budget=budget)
+    return LOCAL_VLMS[name]() if name in LOCAL_VLMS else TransformersVLM.load(name, store, budget=budget)
 
 
 LOCAL_VLMS: dict[str, Callable[[], VLM]] = {"rooms": RoomsVLM, "random": RandomVLM}

@@ -42,7 +42,7 @@ class SeeGround:
         detector=None,  # of the 2D variant; None: `RoomsDetector`
         side: int = 680,  # of the rendering [pixels]
         lift: float = 1.5,  # of the viewpoint above the middle of the scan's points [m]
-        skip: int = 1,  # see `w2r2.systems.projection.read_shots`
+        skip: int | None = None,  # see `w2r2.systems.projection.read_shots`
     ):
         self.vlm, self.proposals, self.detector = vlm, proposals, detector or RoomsDetector()
         self.side, self.lift, self.skip = side, lift, skip
@@ -52,6 +52,10 @@ class SeeGround:
         if inputs == FUSED:
             return Kept("a rendering of depth", proposals=made_from(self.proposals))
         return Kept("images", self.detector.reads, made_from(self.proposals))
+
+    def most_pictures(self, frames: int) -> int:
+        "That the questions about one description can show."
+        return 1
 
     def ground(self, scan: Scan, texts: Sequence[str], inputs: str = FUSED) -> list[Grounding]:
         "One answer per description; raises ValueError for unknown inputs, `ScanNetError` as `Scan`."

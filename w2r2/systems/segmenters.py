@@ -23,6 +23,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from ..machine import best_device
 from .projection import Shots
 
 # %% ../../nbs/systems/08_segmenters.ipynb #00000003
@@ -121,7 +122,7 @@ def segmenter_named(
     "A segmenter; raises OSError for a model that is not there, ValueError for one that is no SAM."
     if name in ("depth", "color"):
         return Patches(name)
-    model = AutoModelForMaskGeneration.from_pretrained(name)
+    model = AutoModelForMaskGeneration.from_pretrained(name).to(best_device())
     if isinstance(model, SamModel):
         return SAM(model, SamProcessor.from_pretrained(name))
     if isinstance(model, Sam2Model | Sam3TrackerModel):

@@ -22,7 +22,7 @@ from w2r2.systems.detectors import (
     scan_proposals,
 )
 from .grounder import FUSED, GROUNDERS, Grounding, Kept, Step, check_inputs
-from .lifting import lift_usual, nearest_proposal, usual_sizes
+from .lifting import learning_release, lift_usual, nearest_proposal, usual_sizes
 from .marks import cut_out, draw_rectangle, limit_side, stitch
 from .projection import read_shots
 from .vlm import VLM, Option
@@ -50,7 +50,7 @@ class SeqVLM:
         batch: int = 4,  # sequences of a question
         most: int = 40,  # sequences of a query
         least: float = 0.2,  # score that a proposal must exceed
-        skip: int = 1,  # see `w2r2.systems.projection.read_shots`
+        skip: int | None = None,  # see `w2r2.systems.projection.read_shots`
         seed: int = 0,  # draws the views
     ):
         self.vlm, self.proposals, self.detector = vlm, proposals, detector or RoomsDetector()
@@ -70,9 +70,19 @@ class SeqVLM:
         proposals = "–" if ": " in inputs else made_from(self.proposals)
         return Kept("images", "–" if inputs == FUSED else self.detector.reads, proposals)
 
+    def most_pictures(self, frames: int) -> int:
+        "That the questions about one description can show, of a scan of which so many frames are read."
+        shown, alive = 0, self.most
+        while alive > 1:
+            shown += alive
+            alive = -(-alive // self.batch)
+        return shown
+
     def ground(self, scan: Scan, texts: Sequence[str], inputs: str = FUSED) -> list[Grounding]:
         "One answer per description; raises ValueError for unknown inputs, `ScanNetError` as `Scan`."
         check_inputs(inputs, self.variants)
+        if "class size" in inputs:
+            usual_sizes(*learning_release(scan))  # before anything is asked
         return [self._answer(scan, text, inputs) for text in texts]
 
     def _answer(self, scan: Scan, text: str, inputs: str) -> Grounding:
@@ -100,7 +110,7 @@ class SeqVLM:
             number, overlap = nearest_proposal(own, proposal_rectangles(scan, self.proposals, self.skip))
             steps.append(Step("lift", "nearest proposal", f"overlap {overlap:.2f}"))
             return Grounding(boxes[number] if number >= 0 else np.full(6, np.nan), overlap, tuple(steps), where)
-        sizes, depth = usual_sizes()
+        sizes, depth = usual_sizes(*learning_release(scan))
         size = sizes[best_class(target, list(sizes)) or ""]
         steps.append(Step("lift", "class size, constant depth", f"{depth:.2f} m"))
         box = lift_usual(own[frame], read_shots(scan, self.skip), frame, size, depth)

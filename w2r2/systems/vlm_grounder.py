@@ -13,8 +13,8 @@ import numpy as np
 from ..scans.scan import Scan
 from .detectors import Detections, RoomsDetector, link_detections
 from .grounder import FUSED, GROUNDERS, Grounding, Kept, Step, check_inputs
-from .lifting import lift_masks, masked_points, usual_sizes, visual_hull
-from .marks import cut_out, make_grids, write_marks
+from .lifting import learning_release, lift_masks, masked_points, usual_sizes, visual_hull
+from .marks import cut_out, grid_shapes, limit_side, make_grids, write_marks
 from .projection import read_shots, seen_points
 from .segmenters import Patches, Segmenter, shave
 from .vlm import VLM, Option
@@ -43,7 +43,7 @@ class VLMGrounder:
         least: float = 0.2,  # score of a detection
         ensemble: int = 7,  # frames whose masks make the box
         retries: int = 3,  # choices of a frame
-        skip: int = 1,  # see `w2r2.systems.projection.read_shots`
+        skip: int | None = None,  # see `w2r2.systems.projection.read_shots`
     ):
         self.vlm, self.detector, self.segmenter = vlm, detector or RoomsDetector(), segmenter
         self.least, self.ensemble, self.retries, self.skip = least, ensemble, retries, skip
@@ -57,9 +57,15 @@ class VLMGrounder:
         "See `w2r2.systems.grounder.Kept`."
         return Kept("images", self.detector.reads, lifting="depth" if inputs == FUSED else "–")
 
+    def most_pictures(self, frames: int) -> int:
+        "That they can show, of a scan of which so many frames are read: the grids, and a frame with marks."
+        return self.retries * len(grid_shapes(frames)) + 1
+
     def ground(self, scan: Scan, texts: Sequence[str], inputs: str = FUSED) -> list[Grounding]:
         "One answer per description; raises ValueError for unknown inputs, `ScanNetError` as `Scan`."
         check_inputs(inputs, self.variants)
+        if "constant depth" in inputs:
+            usual_sizes(*learning_release(scan))  # before anything is asked
         return [self._answer(scan, text, inputs) for text in texts]
 
     def _answer(self, scan: Scan, text: str, inputs: str) -> Grounding:
@@ -79,7 +85,7 @@ class VLMGrounder:
             masks = {view: mask} | self._further(shots, found, view, mask, segmenter)
             box, how = lift_masks(masks, shots), f"depth of {len(masks)} frames"
         elif inputs == "2d: constant depth":
-            depth = usual_sizes()[1]
+            depth = usual_sizes(*learning_release(scan))[1]
             box, how = lift_masks({view: mask}, shots, depth), f"constant depth {depth:.2f} m"
         else:
             track = next(own for own in link_detections(found, shots) if own.get(view) == number)
@@ -100,7 +106,7 @@ class VLMGrounder:
         for _ in range(self.retries):
             if not left:
                 break
-            grids = tuple(make_grids([shots.color[view] for view in left], [f"{view:05d}" for view in left]))
+            grids = tuple(make_grids((shots.color[view] for view in left), [f"{view:05d}" for view in left]))
             options = [
                 Option(
                     f"{view:05d}",
@@ -132,9 +138,9 @@ class VLMGrounder:
 
     @staticmethod
     def _close(shots, view: int, found: Detections) -> tuple[np.ndarray, ...]:
-        "Close pictures of what the class shows in a frame, else the frame."
+        "Close pictures of what the class shows in a frame, else the frame, made small: there may be hundreds."
         close = tuple(cut_out(shots.color[view], rectangle) for rectangle in found.rectangles)
-        return close or (shots.color[view],)
+        return close or (limit_side(shots.color[view], 640),)
 
     def _further(self, shots, found: list[Detections], view: int, mask: np.ndarray, segmenter) -> dict:
         "Masks of the same object in the frames that show most of its points; per frame the detection densest in them."
