@@ -1,12 +1,17 @@
 """Fine-tuned systems by the command, and around a VLM of full size that has learned nothing."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from w2r2.cli import main
-from w2r2.model.hosts import build_host, save_host, write_tiny_host
+from w2r2.model.hosts import build_host, read_host, save_host, write_tiny_host
+from w2r2.scans.files import ScanNetError
 from w2r2.scans.scan import Scan
 from w2r2.shipped import DATA
 from w2r2.systems import spar as spar_module
@@ -99,3 +104,21 @@ def test_a_vlm_of_full_size_is_a_system(host, monkeypatch):
         assert asked[0][1] and TEXT in asked[0][0] and "Frame-1: <image>" in asked[0][0] and '"center"' in asked[0][0]
     with pytest.raises(ValueError, match="picks among candidates"):
         system_named("video-3d-llm", host)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda state: state.pop("merger.mlp.0.weight"), "1 missing: merger.mlp.0.weight"),
+        (lambda state: state["merger.mlp.0.weight"].fill_(torch.nan), "1 not finite: merger.mlp.0.weight"),
+        (lambda state: state.update({"merger.mlp.9.weight": torch.ones(2)}), "1 unexpected: merger.mlp.9.weight"),
+        (lambda state: state.update({"merger.mlp.0.bias": torch.ones(2)}), "1 mismatched: ('merger.mlp.0.bias'"),
+    ],
+)
+def test_a_damaged_model_of_full_size_is_refused(host, damage, said, tmp_path):
+    shutil.copytree(host, tmp_path / "model")
+    state = load_file(host / "model.safetensors")
+    damage(state)
+    save_file(state, tmp_path / "model/model.safetensors", {"format": "pt"})
+    with pytest.raises(ScanNetError, match=re.escape(said)):
+        read_host(tmp_path / "model")

@@ -133,17 +133,15 @@ def _published(folder: Path) -> dict[str, torch.Tensor] | None:
     return {name: value for file in files for name, value in load_file(file).items()}
 
 
-def _vlm(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
-    "The VLM in a folder, complete."
-    vlm, told = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
-    )
+def _complete(kind: type, folder: Path, **options) -> nn.Module:  # of `kind.from_pretrained`
+    "The model in a folder, with exactly the tensors of its files; transformers itself would only warn."
+    model, told = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     faults = {name: sorted(map(str, told[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
-    faults["not finite"] = [name for name, value in vlm.named_parameters() if not value.isfinite().all()]
+    faults["not finite"] = [name for name, value in model.named_parameters() if not value.isfinite().all()]
     told = [f"{len(names)} {fault}: {', '.join(names)}" for fault, names in faults.items() if names]
     if told:
-        raise ScanNetError(folder, "weights", "; ".join(told), "Take all files from one published checkpoint")
-    return vlm
+        raise ScanNetError(folder, "weights", "; ".join(told), "Take all files from one checkpoint")
+    return model
 
 
 def read_chat_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -188,7 +186,7 @@ def build_host(
     folder, kind = _folder(backbone), getattr(torch, dtype)
     tokenizer, about = read_chat_tokenizer(folder), parse_json((folder / "config.json").read_bytes(), folder)
     if about.get("model_type") == VGLLMConfig.model_type:
-        return _finished(VGLLM.from_pretrained(folder, dtype=kind), tokenizer, attention, bins, seed)
+        return _finished(_complete(VGLLM, folder, dtype=kind), tokenizer, attention, bins, seed)
     arguments, vggt = ({}, None) if weights3d is None else read_vggt(weights3d)
     published = _published(folder)
     if published is not None:
@@ -200,7 +198,7 @@ def build_host(
         return _finished(model, tokenizer, attention, bins, seed)
     if vggt is None:
         raise ValueError(f"{backbone} has no VGGT in it: name its weights, such as weights3d=facebook/VGGT-1B")
-    vlm = _vlm(folder, kind, attention)
+    vlm = _complete(AutoModelForImageTextToText, folder, dtype=kind, attn_implementation=attention)
     config = VGLLMConfig(
         vlm_config=vlm.config,
         aggregator=arguments,
