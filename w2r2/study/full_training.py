@@ -17,6 +17,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..machine import best_device
 from ..method.conversation_trainer import ConversationTrainer
 from ..method.resuming import last_checkpoint, remove_checkpoint
 from ..method.sharding import launched_process
@@ -89,7 +90,7 @@ def encode_records(
     if "cache" not in settings["model"]:
         raise ValueError("the settings name no model.cache to write to")
     model, _ = build_host(**host_arguments(settings))
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(best_device())
     records = [record for part in ("train", "val") for record in read_all_records(settings, part)]
     return write_geometry(model, records, settings["release"]["root"], settings["model"]["cache"], tell=tell)
 
@@ -191,8 +192,7 @@ def finetune_host(
     log = [row for row in trainer.state.log_history if "train_runtime" not in row]  # that entry is about the clock
     if state.is_main_process:
         tokenizer.save_pretrained(folder / "model")
-        if "lora" in settings["model"]:
-            (folder / "model" / HOST_FILE).write_text(json.dumps(host_arguments(settings), indent=1), encoding="utf-8")
+        (folder / "model" / HOST_FILE).write_text(json.dumps(host_arguments(settings), indent=1), encoding="utf-8")
         settle((folder / "model").iterdir())
         with atomic_write(folder / _LOG, durable=True) as file:
             file.write(json.dumps(log, indent=1).encode())
