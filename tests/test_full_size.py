@@ -17,6 +17,9 @@ from safetensors.torch import load_file
 from w2r2.cli import main
 from w2r2.method.sharding import LAUNCH_CONFIGS
 from w2r2.model.hosts import write_tiny_host
+from w2r2.study import full_evaluation
+from w2r2.study.full_evaluation import evaluate_host
+from w2r2.study.full_settings import read_full_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -161,6 +164,20 @@ def test_a_run_of_two_processes_answers(home, two, capsys):
     assert main(["ground", scene, "the chair", "--model", str(two / "model"), "--json"]) == 0
     box = json.loads(capsys.readouterr().out)[0]["box"]
     assert box is None or len(box) == 6
+
+
+def test_a_run_is_asked_in_the_dtype_and_attention_of_the_parameter_file(home, monkeypatch):
+    made_from, asked = json.loads((home / "one/model/host.json").read_text()), []
+    assert (made_from["dtype"], made_from["attention"]) == ("float32", "sdpa")
+
+    def say(model, tokenizer, records, root, longest, shortcut):
+        asked.append((model.dtype, model.vlm.config._attn_implementation))
+        yield from ("nothing" for _ in records)
+
+    monkeypatch.setattr(full_evaluation, "answer_records", say)
+    settings = read_full_settings(ROOT / "params.scannet.yaml", changes(home, "one")[3::2])
+    evaluate_host(settings | {"model": settings["model"] | {"dtype": "bfloat16", "attention": "eager"}})
+    assert asked == [(torch.bfloat16, "eager")]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,24 @@
 """Fine-tuned systems by the command, and around a VLM of full size that has learned nothing."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from w2r2 import machine
+from w2r2.app import load_quietly
 from w2r2.cli import main
 from w2r2.model.checkpoint import load, save
-from w2r2.model.hosts import build_host, save_host, write_tiny_host
+from w2r2.model.hosts import add_adapters, build_host, read_host, save_host, write_tiny_host
+from w2r2.model.vgllm import VGLLM
+from w2r2.scans.files import ScanNetError
 from w2r2.scans.scan import Scan
 from w2r2.shipped import DATA
+from w2r2.systems import fused_systems
 from w2r2.systems import spar as spar_module
 from w2r2.systems.asking import known_systems, system_named
 from w2r2.systems.detectors import ZeroShotDetector
@@ -141,3 +149,58 @@ def test_a_vlm_of_full_size_is_a_system(host, monkeypatch):
         assert asked[0][1] and TEXT in asked[0][0] and "Frame-1: <image>" in asked[0][0] and '"center"' in asked[0][0]
     with pytest.raises(ValueError, match="picks among candidates"):
         system_named("video-3d-llm", host)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda state: state.pop("merger.mlp.0.weight"), "1 missing: merger.mlp.0.weight"),
+        (lambda state: state["merger.mlp.0.weight"].fill_(torch.nan), "1 not finite: merger.mlp.0.weight"),
+        (lambda state: state.update({"merger.mlp.9.weight": torch.ones(2)}), "1 unexpected: merger.mlp.9.weight"),
+        (lambda state: state.update({"merger.mlp.0.bias": torch.ones(2)}), "1 mismatched: ('merger.mlp.0.bias'"),
+    ],
+)
+def test_a_damaged_model_of_full_size_is_refused(host, damage, said, tmp_path):
+    shutil.copytree(host, tmp_path / "model")
+    state = load_file(host / "model.safetensors")
+    damage(state)
+    save_file(state, tmp_path / "model/model.safetensors", {"format": "pt"})
+    with pytest.raises(ScanNetError, match=re.escape(said)):
+        read_host(tmp_path / "model")
+
+
+def test_a_vlm_of_full_size_is_asked_on_the_best_device(host, monkeypatch):
+    monkeypatch.setattr(fused_systems, "best_device", lambda: "meta")
+    monkeypatch.setattr(machine, "best_device", lambda: "meta")
+    assert VGLLMSystem(host).model.device.type == "meta"
+    assert load_quietly(host, None)[0].device.type == "meta"
+
+
+def test_a_model_is_read_in_the_dtype_that_it_was_saved_in(host, tmp_path):
+    model, tokenizer = read_host(host)
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    save_host(model.bfloat16(), tokenizer, tmp_path / "half", {})
+    again, _ = read_host(tmp_path / "half")
+    assert {value.dtype for value in again.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    with Scan(DATA / "samples", SCENE) as scan:  # it answers, too
+        (answer,) = VGLLMSystem(tmp_path / "half").ground(scan, [TEXT])
+    assert answer.trace[-1].kind == "say"
+    made_from = {"dtype": "bfloat16", "attention": "eager"}  # of a run: the trained parts are saved in single precision
+    save_host(read_host(host)[0], tokenizer, tmp_path / "run", made_from)
+    again, _ = read_host(tmp_path / "run")
+    assert {value.dtype for value in again.parameters()} == {torch.bfloat16}
+    assert again.vlm.config._attn_implementation == "eager"
+    assert read_host(tmp_path / "run", dtype="float32")[0].dtype == torch.float32
+
+
+def test_adapters_with_a_number_that_is_not_finite_are_refused(host, tmp_path):
+    made_from = {"backbone": str(host.parent / "published"), "weights3d": str(host.parent / "published/vggt")}
+    model, tokenizer = build_host(**made_from)
+    save_host(add_adapters(model, 2), tokenizer, tmp_path, made_from)
+    assert isinstance(read_host(tmp_path)[0], VGLLM)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    damaged = next(name for name in state if "lora_A" in name)
+    save_file(state | {damaged: state[damaged] * torch.nan}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="1 not finite: " + re.escape(damaged)):
+        read_host(tmp_path)

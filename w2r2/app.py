@@ -91,10 +91,15 @@ def load_quietly(
     blind: Hidden | None,
 ):
     "The model, and what the functions of `w2r2.study.predict` want to know besides."
+    from w2r2.machine import best_device
     from w2r2.model.checkpoint import load
     from w2r2.model.hosts import is_host, read_host
 
-    model, tokenizer, packer = (*read_host(folder), None) if is_host(folder) else load(folder)
+    if is_host(folder):
+        model, tokenizer = read_host(folder)
+        model, packer = model.to(best_device()), None
+    else:
+        model, tokenizer, packer = load(folder)
     return model, {"blind": blind and blind.value, "packer": packer, "tokenizer": tokenizer}
 
 

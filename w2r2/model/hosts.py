@@ -95,7 +95,7 @@ def write_tiny_host(
     )
 
 # %% ../../nbs/model/22_hosts.ipynb #969a92e7
-HOST_FILE = "host.json"  # beside adapters: what `build_host` made the model from that they belong to
+HOST_FILE = "host.json"  # in the folder of a model: the arguments of `build_host` that it was made with
 
 
 def _folder(source: str | Path) -> Path:
@@ -133,17 +133,15 @@ def _published(folder: Path) -> dict[str, torch.Tensor] | None:
     return {name: value for file in files for name, value in load_file(file).items()}
 
 
-def _vlm(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
-    "The VLM in a folder, complete."
-    vlm, told = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
-    )
+def _complete(kind: type, folder: Path, **options) -> nn.Module:  # of `kind.from_pretrained`
+    "The model in a folder, with exactly the tensors of its files; transformers itself would only warn."
+    model, told = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     faults = {name: sorted(map(str, told[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
-    faults["not finite"] = [name for name, value in vlm.named_parameters() if not value.isfinite().all()]
+    faults["not finite"] = [name for name, value in model.named_parameters() if not value.isfinite().all()]
     told = [f"{len(names)} {fault}: {', '.join(names)}" for fault, names in faults.items() if names]
     if told:
-        raise ScanNetError(folder, "weights", "; ".join(told), "Take all files from one published checkpoint")
-    return vlm
+        raise ScanNetError(folder, "weights", "; ".join(told), "Take all files from one checkpoint")
+    return model
 
 
 def read_chat_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -177,7 +175,7 @@ def build_host(
     frame_width: int = 518,  # of a frame for VGGT [pixels]
     reference_frame: str = "first",  # see `VGLLMConfig`
     merger_hidden: int = 4096,
-    dtype: str = "float32",
+    dtype: str = "float32",  # or "bfloat16", "float16"; "auto": as the weights were saved
     attention: str = "sdpa",  # or "flash_attention_2"
     seed: int = 0,  # of a new merger, and of new tokens
     fusion: str = "add",  # Phi, see `VGLLMConfig`; of a published VG-LLM what its configuration says
@@ -185,22 +183,23 @@ def build_host(
 ) -> tuple[VGLLM, PreTrainedTokenizerBase]:
     """The model in evaluation mode, and its tokenizer. Raises ValueError for weights that do not belong together and
     `ScanNetError` or `FileNotFoundError` for files that cannot be read."""
-    folder, kind = _folder(backbone), getattr(torch, dtype)
+    folder, kind = _folder(backbone), dtype if dtype == "auto" else getattr(torch, dtype)
     tokenizer, about = read_chat_tokenizer(folder), parse_json((folder / "config.json").read_bytes(), folder)
     if about.get("model_type") == VGLLMConfig.model_type:
-        return _finished(VGLLM.from_pretrained(folder, dtype=kind), tokenizer, attention, bins, seed)
+        return _finished(_complete(VGLLM, folder, dtype=kind), tokenizer, attention, bins, seed)
     arguments, vggt = ({}, None) if weights3d is None else read_vggt(weights3d)
     published = _published(folder)
     if published is not None:
         order, layers = about.get("reference_frame", reference_frame), about.get("fusion_num_layers", 1)
         method = about.get("feature_fusion_method", fusion).replace("_", "-")
         host = AutoConfig.from_pretrained(folder)
-        model = from_state_dict(published, host, arguments, order, method, layers).to(kind)
+        model = from_state_dict(published, host, arguments, order, method, layers)
+        model = model.to(model.dtype if dtype == "auto" else kind)
         model.config.views, model.config.frame_width = views, frame_width
         return _finished(model, tokenizer, attention, bins, seed)
     if vggt is None:
         raise ValueError(f"{backbone} has no VGGT in it: name its weights, such as weights3d=facebook/VGGT-1B")
-    vlm = _vlm(folder, kind, attention)
+    vlm = _complete(AutoModelForImageTextToText, folder, dtype=kind, attn_implementation=attention)
     config = VGLLMConfig(
         vlm_config=vlm.config,
         aggregator=arguments,
@@ -215,7 +214,7 @@ def build_host(
         model = VGLLM(config, vlm)
     check_tensors(vggt, model.vggt.state_dict())
     model.vggt.load_state_dict(vggt)
-    return _finished(model.to(kind), tokenizer, attention, bins, seed)
+    return _finished(model.to(vlm.dtype), tokenizer, attention, bins, seed)
 
 # %% ../../nbs/model/22_hosts.ipynb #97a57074
 def add_adapters(
@@ -255,13 +254,12 @@ def save_host(
     model: nn.Module,  # `VGLLM`, or one with adapters
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
-    made_from: dict,  # arguments of `build_host`; written beside adapters
+    made_from: dict,  # arguments of `build_host`
 ):
     "Write a model so that `read_host` finds everything; of one with adapters only these and the merger."
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if not isinstance(model, VGLLM):
-        Path(folder, HOST_FILE).write_text(json.dumps(made_from, indent=1), encoding="utf-8")
+    Path(folder, HOST_FILE).write_text(json.dumps(made_from, indent=1), encoding="utf-8")
 
 
 def is_host(folder: str | Path) -> bool:
@@ -277,22 +275,26 @@ def is_host(folder: str | Path) -> bool:
 def read_host(
     folder: str | Path,  # of a `VGLLM`, or of adapters
     merge: bool = True,  # adapters into the matrices
+    **asked,  # `dtype` and `attention` of `build_host`; else those of `HOST_FILE`, or the dtype as it was saved
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    "What `save_host` wrote, in evaluation mode; raises ValueError for adapters of another model."
-    folder = Path(folder)
-    if not (folder / HOST_FILE).is_file():
-        return build_host(folder)
-    from peft import PeftConfig, set_peft_model_state_dict
+    """What `save_host` wrote, in evaluation mode; raises ValueError for adapters of another model or with a number that
+    is not finite, and `ScanNetError` as `build_host`."""
+    path = Path(folder, HOST_FILE)
+    made_from = (parse_json(path.read_bytes(), path) if path.is_file() else {}) | asked
+    folder = path.parent
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        known = {name: made_from[name] for name in ("dtype", "attention") if name in made_from}
+        return build_host(folder, **{"dtype": "auto"} | known)
+    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
-    model, tokenizer = build_host(**parse_json((folder / HOST_FILE).read_bytes(), folder / HOST_FILE))
+    model, tokenizer = build_host(**made_from)
     about = PeftConfig.from_pretrained(folder)
     adapted = add_adapters(model, about.r, about.lora_alpha, about.lora_dropout, bin_ids(model, tokenizer))
     found = load_file(folder / ADAPTER_SAFE_WEIGHTS_NAME)
-    wanted = sum(parameter.requires_grad for parameter in adapted.parameters())
-    told = set_peft_model_state_dict(adapted, found)
-    if told.unexpected_keys or len(found) != wanted:
-        raise ValueError(
-            f"{folder}: {len(found)} tensors of adapters for a model that has {wanted}, of which it does not know "
-            f"{len(told.unexpected_keys)}; {ADAPTER_CONFIG_NAME} and {HOST_FILE} have to be those of the same training"
-        )
+    try:
+        check_tensors(found, get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    except ValueError as error:
+        same = f"{ADAPTER_CONFIG_NAME} and {HOST_FILE} have to be those of the same training"
+        raise ValueError(f"{folder}: adapters; {same}; {error}") from None
+    set_peft_model_state_dict(adapted, found)
     return (adapted.merge_and_unload() if merge else adapted).eval(), tokenizer

@@ -10,8 +10,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from ..machine import best_device
 from ..metrics.accuracy import unique_multiple
 from ..metrics.scoring import Score, score
@@ -91,7 +89,8 @@ def evaluate_host(
     run, longest = Path(settings["train"]["folder"]), settings["evaluate"]["longest"]
     if finished_run(run) is None:
         raise FileNotFoundError(f"{run} holds no finished run; train it with `w2r2 finetune` and the same settings")
-    model, tokenizer = read_host(run / "model")
+    asked = {name: settings["model"][name] for name in ("dtype", "attention")}
+    model, tokenizer = read_host(run / "model", **asked)
     model = model.to(device or best_device())
     records, root = read_all_records(settings, "val"), settings["release"]["root"]
     check_answers(model.config, records)

@@ -192,8 +192,7 @@ def finetune_host(
     log = [row for row in trainer.state.log_history if "train_runtime" not in row]  # that entry is about the clock
     if state.is_main_process:
         tokenizer.save_pretrained(folder / "model")
-        if "lora" in settings["model"]:
-            (folder / "model" / HOST_FILE).write_text(json.dumps(host_arguments(settings), indent=1), encoding="utf-8")
+        (folder / "model" / HOST_FILE).write_text(json.dumps(host_arguments(settings), indent=1), encoding="utf-8")
         settle((folder / "model").iterdir())
         with atomic_write(folder / _LOG, durable=True) as file:
             file.write(json.dumps(log, indent=1).encode())

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..machine import best_device
 from ..model.checkpoint import load
 from ..model.detector import Detector, detect_views
 from ..model.hosts import is_host, read_host
@@ -72,6 +73,8 @@ class FusedSystem:
         self.folder, self.proposals, self.refined, self.noise = Path(folder), proposals, refined, noise
         self.host = is_host(folder)
         self.model, self.tokenizer, self.packer = (*read_host(folder), None) if self.host else load(folder)
+        if self.host:
+            self.model.to(best_device())
         self.picks = not self.host and self.model.config.candidates
         if refined:
             self.variants = FUSED, REFINED_FLAT
