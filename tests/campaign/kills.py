@@ -41,9 +41,9 @@ def copy_project(folder: Path):
 def start(folder: Path) -> subprocess.Popen:
     "The pipeline, from where it is."
     environment = os.environ | {"PYTHONPATH": f"{HOOKS}:{folder}", "MATPLOTLIBRC": str(folder / "matplotlibrc")}
-    environment |= {"W2R2_KILL": str(folder)}
+    environment |= {"W2R2_KILL": str(folder), "PYTHONUNBUFFERED": "1"}  # the log tells of a stage as it begins
     subprocess.run([sys.executable, "-m", "w2r2.cli", "unlock"], cwd=folder, check=True)  # as `make repro` does
-    with open(folder / "repro.log", "a") as log:
+    with open(folder / "repro.log", "w") as log:
         command = [sys.executable, "-m", "dvc", "repro"]
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -122,6 +122,15 @@ def compare(whole: Path, killed: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def finished(whole: Path, killed: Path, passes: Path, kill: int):
+    "The killed pipeline has come through: compare, and keep what was found beside that of its earlier passes."
+    for name in ("armed", "taken", "caught"):
+        (killed / name).unlink(missing_ok=True)
+    found = compare(whole, killed).assign(kill=kill)
+    print(f"through after kill {kill}: {found.same.sum()} of {len(found)} files are the same", flush=True)
+    found.to_csv(passes, mode="a", header=not passes.is_file(), index=False)
+
+
 def campaign(kills: int, seed: int, minutes: float, most: float, work: Path, reports: Path):
     "Kill and compare; what is there already is not made again."
     reports.mkdir(parents=True, exist_ok=True)
@@ -131,7 +140,7 @@ def campaign(kills: int, seed: int, minutes: float, most: float, work: Path, rep
         began = time.monotonic()
         assert start(whole).wait() == 0, f"see {whole}/repro.log"
         (whole / "seconds").write_text(str(time.monotonic() - began))
-    table, rows = work / "kills.csv", []
+    table, passes, rows = work / "kills.csv", work / "passes.csv", []
     if killed.is_dir() and table.is_file():
         rows = pd.read_csv(table, keep_default_na=False).to_dict("records")
     else:
@@ -159,16 +168,18 @@ def campaign(kills: int, seed: int, minutes: float, most: float, work: Path, rep
             print(rows[-1], flush=True)
         else:
             assert code == 0, f"the pipeline did not go on after kill {len(rows)}; see {killed}/repro.log"
+            finished(whole, killed, passes, len(rows))
             (killed / "dvc.lock").unlink()  # done: from the beginning, so that every stage is killed
             shutil.rmtree(killed / "build")
             shutil.rmtree(killed / ".dvc" / "cache", ignore_errors=True)
     for name in ("armed", "taken", "caught"):
         (killed / name).unlink(missing_ok=True)
     assert start(killed).wait() == 0, f"the pipeline did not go on after the last kill; see {killed}/repro.log"
+    finished(whole, killed, passes, len(rows))
     shutil.copy(table, reports / "kills.csv")
-    found = compare(whole, killed)
+    found = pd.read_csv(passes)
     summary = found.groupby("part").agg(files=("same", "size"), same=("same", "sum")).reset_index()
-    summary.assign(kills=len(rows), seed=seed).to_csv(reports / "bytes.csv", index=False)
+    summary.assign(passes=found.kill.nunique(), kills=len(rows), seed=seed).to_csv(reports / "bytes.csv", index=False)
     print(summary.to_string(), found[~found.same].to_string(), sep="\n")
 
 
