@@ -1,0 +1,63 @@
+"What a training of full size reads, damaged: records, fields, hosts with adapters. One clear error each."
+
+import json
+import re
+
+import pytest
+
+from w2r2.scans.files import ScanNetError
+from w2r2.tasks.messages import build_records
+from w2r2.tasks.record_files import read_conversations
+from w2r2.tasks.samples import read_scanqa, read_scanrefer
+
+RELEASE = "data/samples"
+DESCRIBED = read_scanrefer(f"{RELEASE}/scanrefer/ScanRefer_filtered_samples.json", ["scene9000_00"])[0][:4]
+
+
+@pytest.fixture(scope="module")
+def records():
+    return json.dumps(build_records("scanrefer", DESCRIBED, RELEASE, frames=2)[0][:2])
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ('"prompt":', '"prompt": "", "prompt":', "'prompt' is there twice"),
+        (r'"gt_bbox": \[[^,]*', '"gt_bbox": [NaN', "NaN is no number"),
+        (r'"gt_bbox": \[[^,]*', '"gt_bbox": [1e300', "0.gt_bbox.0: it must be smaller"),
+        (r'"gt_bbox": \[', '"gt_bbox": [0.1, ', "0.gt_bbox: it must contain less"),
+        ('"target": {"frame": ', '"target": {"frame": 7', "0.target.frame"),
+        ('"target":', '"targets":', "0.target: is missing"),
+        ('"from": "gpt"', '"from": "human"', "0.conversations"),
+        (r'"positions": \[', '"positions": [0.0, ', "0.metadata.positions"),
+        ('"prompt": "', '"prompt": "\\ud800', "surrogates not allowed"),
+        (r"\[{", "{", "not JSON"),
+    ],
+)
+def test_records_are_read_strictly(tmp_path, records, old, new, said):
+    path = tmp_path / "scanrefer_train.json"
+    assert re.search(old, records)
+    path.write_text(re.sub(old, new.replace("\\", r"\\"), records, count=1))
+    with pytest.raises(ScanNetError) as caught:
+        read_conversations(path)
+    assert str(path) in str(caught.value) and "w2r2 records" in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_every_record_is_read_once(tmp_path, records):
+    path = tmp_path / "scanrefer_train.json"
+    path.write_text(records)
+    found = read_conversations(path)
+    assert found == json.loads(records)
+    path.write_text(json.dumps([*found, found[0]]))
+    with pytest.raises(ScanNetError, match=r"scanrefer\|.* is there twice"):
+        read_conversations(path)
+
+
+def test_what_is_drawn_or_answered_twice_has_an_id_of_its_own(tmp_path):
+    asked = read_scanqa(f"{RELEASE}/scanqa/ScanQA_v1.0_samples.json", ["scene9000_00"])[0][:20]
+    for task, rows in (("scanrefer", DESCRIBED), ("scan2cap", DESCRIBED), ("scanqa", asked)):
+        made = build_records(task, rows, RELEASE, frames=2, draws=2)[0]
+        (tmp_path / "records.json").write_text(json.dumps(made))
+        assert read_conversations(tmp_path / "records.json") == made
+        assert any(record["id"].endswith("#2") for record in made)
