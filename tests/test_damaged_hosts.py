@@ -3,9 +3,12 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
+from w2r2.model.fields import read_field
 from w2r2.scans.files import ScanNetError
+from w2r2.scans.ply import Mesh, write_ply
 from w2r2.tasks.messages import build_records
 from w2r2.tasks.record_files import read_conversations
 from w2r2.tasks.samples import read_scanqa, read_scanrefer
@@ -61,3 +64,16 @@ def test_what_is_drawn_or_answered_twice_has_an_id_of_its_own(tmp_path):
         (tmp_path / "records.json").write_text(json.dumps(made))
         assert read_conversations(tmp_path / "records.json") == made
         assert any(record["id"].endswith("#2") for record in made)
+
+
+@pytest.mark.parametrize("value", [1e300, np.inf, np.nan])
+@pytest.mark.parametrize("suffix", [".npz", ".npy"])
+def test_vectors_of_a_field_are_finite_as_they_are_used(tmp_path, value, suffix):
+    points, vectors = np.zeros((9, 3), np.float32), np.full((9, 2), value)
+    if suffix == ".npz":
+        np.savez(tmp_path / "0.npz", points=points, vectors=vectors)
+    else:
+        write_ply(tmp_path / "0.ply", Mesh(points, np.zeros((1, 3), np.int32), np.zeros((9, 3), np.uint8)))
+        np.save(tmp_path / "0.npy", vectors)
+    with pytest.raises(ScanNetError, match=rf"0{suffix}: vectors: .* too large for float32"):
+        read_field(tmp_path / ("0.npz" if suffix == ".npz" else "0.ply"))
