@@ -2,11 +2,15 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from w2r2.model.fields import read_field
+from w2r2.model.hosts import add_adapters, build_host, read_host, save_host, write_tiny_host
 from w2r2.scans.files import ScanNetError
 from w2r2.scans.ply import Mesh, write_ply
 from w2r2.tasks.messages import build_records
@@ -77,3 +81,71 @@ def test_vectors_of_a_field_are_finite_as_they_are_used(tmp_path, value, suffix)
         np.save(tmp_path / "0.npy", vectors)
     with pytest.raises(ScanNetError, match=rf"0{suffix}: vectors: .* too large for float32"):
         read_field(tmp_path / ("0.npz" if suffix == ".npz" else "0.ply"))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    home = tmp_path_factory.mktemp("hosts")
+    write_tiny_host(home / "host")
+    made_from = dict(backbone=f"{home}/host", weights3d=f"{home}/host/vggt", views=2, frame_width=112, merger_hidden=24)
+    model, tokenizer = build_host(**made_from)
+    save_host(add_adapters(model, rank=2), tokenizer, home / "adapters", made_from)
+    return home / "adapters"
+
+
+def first_of(state):
+    return next(name for name in state if "lora_A" in name)
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda state: state[first_of(state)].fill_(torch.nan), "1 not finite: base_model"),
+        (lambda state: state.pop(first_of(state)), "1 missing: base_model"),
+        (lambda state: state.update({first_of(state): torch.ones(3, 3)}), "1 of another shape: base_model"),
+        (lambda state: state.update(more=torch.ones(2)), "1 unexpected: more"),
+    ],
+)
+def test_adapters_are_those_of_the_model(adapters, tmp_path, damage, said):
+    folder = shutil.copytree(adapters, tmp_path / "adapters")
+    state = load_file(folder / "adapter_model.safetensors")
+    damage(state)
+    save_file(state, folder / "adapter_model.safetensors")
+    with pytest.raises(ScanNetError, match=f"adapter_model.safetensors: tensors: {said}"):
+        read_host(folder)
+
+
+@pytest.mark.parametrize(
+    "name, old, new, said",
+    [
+        ("host.json", r"(?s).*", "{}", "it must contain"),
+        ("host.json", r"(?s).*", "[]", "it must be object"),
+        ("host.json", r"(?s).*", "{", "not JSON"),
+        ("host.json", '"views"', '"frames"', "must not contain"),
+        ("host.json", '"backbone": "', '"backbone": "/nowhere', "describe no model"),
+        ("adapter_config.json", r"(?s).*", "{}", "it must contain"),
+        ("adapter_config.json", r"(?s).*", "[]", "it must be object"),
+        ("adapter_config.json", r"(?s).*", "{", "not JSON"),
+        ("adapter_config.json", '"r": 2', '"r": 0', "r: it must be bigger"),
+        ("adapter_config.json", '"use_rslora": false', '"use_rslora": true', "use_rslora: is 'True'"),
+        ("adapter_model.safetensors", None, b"", "no readable safetensors file"),
+    ],
+)
+def test_files_beside_adapters_are_read_strictly(adapters, tmp_path, name, old, new, said):
+    folder = shutil.copytree(adapters, tmp_path / "adapters")
+    if old is None:
+        (folder / name).write_bytes(new)
+    else:
+        text = (folder / name).read_text()
+        assert re.search(old, text)
+        (folder / name).write_text(re.sub(old, new, text, count=1))
+    with pytest.raises(ScanNetError, match=f"{folder}/{name}: .*{said}"):
+        read_host(folder)
+
+
+def test_adapters_that_are_whole_are_read(adapters, tmp_path):
+    folder = shutil.copytree(adapters, tmp_path / "adapters")
+    assert not read_host(folder)[0].training
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ScanNetError, match="adapter_model.safetensors: file: missing"):
+        read_host(folder)

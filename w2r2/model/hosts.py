@@ -24,8 +24,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen3VLConfig,
 )
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
+from .adapter_files import load_adapters, make_host, read_adapter_settings
 from .answer_tokens import add_bins, bin_ids
 from .conversations import byte_tokenizer
 from .vggt import Aggregator
@@ -276,21 +276,13 @@ def read_host(
     folder: str | Path,  # of a `VGLLM`, or of adapters
     merge: bool = True,  # adapters into the matrices
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    "What `save_host` wrote, in evaluation mode; raises ValueError for adapters of another model."
+    """What `save_host` wrote, in evaluation mode; raises `ScanNetError` naming file and field or tensors for anything
+    that is not as it was saved, and as `build_host`."""
     folder = Path(folder)
     if not (folder / HOST_FILE).is_file():
         return build_host(folder)
-    from peft import PeftConfig, set_peft_model_state_dict
-
-    model, tokenizer = build_host(**parse_json((folder / HOST_FILE).read_bytes(), folder / HOST_FILE))
-    about = PeftConfig.from_pretrained(folder)
+    model, tokenizer = make_host(folder / HOST_FILE, build_host)
+    about = read_adapter_settings(folder)
     adapted = add_adapters(model, about.r, about.lora_alpha, about.lora_dropout, bin_ids(model, tokenizer))
-    found = load_file(folder / ADAPTER_SAFE_WEIGHTS_NAME)
-    wanted = sum(parameter.requires_grad for parameter in adapted.parameters())
-    told = set_peft_model_state_dict(adapted, found)
-    if told.unexpected_keys or len(found) != wanted:
-        raise ValueError(
-            f"{folder}: {len(found)} tensors of adapters for a model that has {wanted}, of which it does not know "
-            f"{len(told.unexpected_keys)}; {ADAPTER_CONFIG_NAME} and {HOST_FILE} have to be those of the same training"
-        )
+    load_adapters(adapted, folder)
     return (adapted.merge_and_unload() if merge else adapted).eval(), tokenizer
