@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 from w2r2.metrics.prediction_files import load_predictions
+from w2r2.model.fields import read_field
 from w2r2.scans.annotations import LabelImages, LabelTable, read_aggregation, read_scene_info, read_segments, read_split
 from w2r2.scans.frames import FrameFolder, read_matrix
 from w2r2.scans.ply import read_ply
 from w2r2.scans.sens import Sens
 from w2r2.tasks.proposals import read_proposals
+from w2r2.tasks.record_files import read_conversations
 from w2r2.tasks.samples import read_scanqa, read_scanrefer
 
 
@@ -40,6 +42,8 @@ READERS = {
     "grounding": lambda path: load_predictions(path, "scanrefer", "scanrefer"),
     "captions": lambda path: load_predictions(path, "scan2cap", "scan2cap"),
     "answers": lambda path: load_predictions(path, "scanqa", "scanqa"),
+    "field": read_field,
+    "records": read_conversations,
 }
 
 

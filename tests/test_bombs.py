@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from w2r2.scans.annotations import write_label_images
+from w2r2.scans.ply import Mesh, write_ply
 from w2r2.scans.recording import Frame, SensHeader
 from w2r2.scans.sens import write_sens
 
@@ -93,6 +94,38 @@ def header_of_a_petabyte(path):
     zipped(path, {f"{name}.npy": blob for name in ("ins_boxes", "ins_labels", "ins_scores")})
 
 
+def field_of_zeros(path):
+    np.savez_compressed(path, points=np.zeros((2**21, 3)), vectors=np.zeros((2**21, 20)))
+
+
+def half_a_field_of_zeros(path):
+    "Twice as large when it is read as float32, and large enough a file that ten times that is more than 64 MB."
+    noise = np.random.default_rng(0).integers(0, 2**16, (2**20, 5), np.uint16).view(np.float16)
+    count = 58_300_000 // 24
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in (("points", np.zeros((count, 3), "f4")), ("vectors", np.zeros((count, 6), "f2"))):
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, array)
+        archive.writestr("noise", noise.tobytes())
+
+
+def field_of_a_petabyte(path):
+    header_of_a_petabyte(path)
+    with zipfile.ZipFile(path) as archive:
+        blob = archive.read("ins_boxes.npy")
+    zipped(path, {"points.npy": blob, "vectors.npy": blob})
+
+
+def array_beside_a_mesh(shape: str):
+    def make(path):
+        write_ply(path, Mesh(np.zeros((9, 3), np.float32), np.zeros((1, 3), np.int32), np.zeros((9, 3), np.uint8)))
+        header = b"{'descr': '<f8', 'fortran_order': False, 'shape': %s}\n" % shape.encode()
+        blob = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+        path.with_suffix(".npy").write_bytes(blob + bytes(72))
+
+    return make
+
+
 def zeros_in_xz(path):
     zipped(path, {"ins_boxes.npy": bytes(2**29)}, zipfile.ZIP_LZMA)
 
@@ -155,6 +188,12 @@ BOMBS = [
     ("proposals", "0.npz", header_of_a_petabyte),
     ("proposals", "0.npz", zeros_in_xz),
     ("proposals", "0.json", brackets(b"{}")),
+    ("field", "0.npz", field_of_zeros),
+    ("field", "0.npz", half_a_field_of_zeros),
+    ("field", "0.npz", field_of_a_petabyte),
+    ("field", "0.ply", array_beside_a_mesh("(10000000000000, 3)")),
+    ("field", "0.ply", array_beside_a_mesh("(9, 9223372036854775807)")),
+    ("records", "0.json", brackets(b"{}")),
     ("sens", "0.sens", depth_of_zeros),
     ("sens", "0.sens", endless_scans),
     ("segments", "0.json", brackets(b"[]", b"segIndices")),

@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'resize_frames', 'frame_inputs', 'byte_tokenizer', 'chat', 'tokenise_chat', 'number_places', 'Places',
-           'answer_places', 'read_conversations', 'Conversations', 'ConversationCollator']
+           'answer_places', 'Conversations', 'ConversationCollator']
 
 # %% ../../nbs/model/16_conversations.ipynb #27f2d212
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import fastjsonschema
 import numpy as np
 import torch
 from PIL import Image
@@ -24,7 +22,6 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .backbone import image_processor
-from ..scans.files import ScanNetError, regular_file
 from ..scans.scan import Scan
 from ..tasks.answers import NineNumbers, gravity_frame, to_view
 from ..tasks.messages import answer_format
@@ -186,53 +183,6 @@ def answer_places(
     return Places(frame.float(), place, ids, codec.centres(torch.zeros(())))
 
 # %% ../../nbs/model/16_conversations.ipynb #c91e7084
-_SIX = {"type": "array", "items": {"type": "number"}, "minItems": 6, "maxItems": 6}
-_RECORDS = fastjsonschema.compile(
-    {
-        "type": "array",
-        "items": {
-            "type": "object",
-            "required": ["id", "conversations", "metadata"],
-            "properties": {
-                "conversations": {
-                    "type": "array",
-                    "minItems": 1,
-                    "items": {
-                        "type": "object",
-                        "required": ["from", "value"],
-                        "properties": {"from": {"enum": ["human", "gpt"]}, "value": {"type": "string"}},
-                    },
-                },
-                "metadata": {
-                    "type": "object",
-                    "required": ["dataset", "scene_id", "positions"],
-                    "properties": {"dataset": {"enum": ["scanrefer", "scan2cap", "scanqa"]}},
-                },
-                "bins": {
-                    "type": "object",
-                    "required": ["count", "low", "width"],
-                    "properties": {
-                        "count": {"type": "integer", "minimum": 2, "maximum": 10_000},
-                        "low": _SIX,
-                        "width": {**_SIX, "items": {"type": "number", "exclusiveMinimum": 0}},
-                    },
-                },
-            },
-        },
-    }
-)
-
-
-def read_conversations(path: str | Path) -> list[dict]:
-    "Records of `w2r2.tasks.messages.build_records` from a JSON file; raises `ScanNetError` for a malformed one."
-    try:
-        return _RECORDS(json.loads(regular_file(path).read_bytes()))
-    except fastjsonschema.JsonSchemaValueException as error:
-        raise ScanNetError(path, error.name.replace("data", "record", 1), error.message, "Build it again") from None
-    except (ValueError, RecursionError) as error:
-        raise ScanNetError(path, "file", f"not JSON ({error})", "Build it again") from None
-
-
 class Conversations(Dataset):
     "Records with their frames, tokenised on access."
 

@@ -6,7 +6,6 @@
 __all__ = ['PointField', 'read_field', 'FieldFeatures']
 
 # %% ../../nbs/model/21_fields.ipynb #58fb9890
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from scipy.spatial import cKDTree
 
 from .encoders import Pointmap, sampled_depth
+from ..scans.archives import read_npz
 from ..scans.cameras import transform_points
 from ..scans.files import ScanNetError
 from ..scans.ply import read_ply
@@ -31,17 +31,37 @@ class PointField:
     vectors: np.ndarray  # (N, d) float32
 
 
-def _array(path: Path) -> np.ndarray:
+def _mapped(path: Path) -> np.ndarray:
+    "The array of an .npy file, whose header has to agree with the size of the file, not read yet."
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ScanNetError(path, "file", f"is no array that can be read ({error})", _FIELD_REMEDY) from None
+        with np.errstate(over="ignore"):  # of a shape that is too large for any file, which is refused
+            array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # NumPy's parser of headers raises whatever Python's raises, and the system its own
+        problem = f"is no array that can be read ({type(error).__name__}: {error})"
+        raise ScanNetError(path, "file", problem, _FIELD_REMEDY) from None
+    if array.offset + array.nbytes != path.stat().st_size:
+        problem = f"{path.stat().st_size:,} bytes do not hold {array.dtype} of shape {array.shape}"
+        raise ScanNetError(path, "file", problem, _FIELD_REMEDY)
+    return array
+
+
+def _finite(array: np.ndarray, dtype: type, file: Path, name: str) -> np.ndarray:  # C order
+    "A matrix of floats in another precision, in which every number has to be finite."
+    if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
+        raise ScanNetError(file, name, f"are {array.dtype} of shape {array.shape}", _FIELD_REMEDY)
+    with np.errstate(over="ignore"):  # told below
+        array = array.astype(dtype, "C", copy=False)
+    if not np.isfinite([array.min(), array.max()]).all():
+        kind = np.dtype(dtype).name
+        raise ScanNetError(file, name, f"have a number that is not finite, or too large for {kind}", _FIELD_REMEDY)
+    return array
 
 
 def read_field(
     path: str | Path,  # NAME.npz, or NAME.ply with NAME.npy beside it
 ) -> PointField:
-    "A field; raises `FileNotFoundError` for a missing file, `ScanNetError` naming the array that is wrong."
+    """A field; raises `FileNotFoundError` for a missing file, `ScanNetError` naming the array that is wrong. Headers
+    are read first: memory stays below ten times the files and 64 MB."""
     path = Path(path)
     files = [path] if path.suffix == ".npz" else [path, path.with_suffix(".npy")]
     if path.suffix not in (".npz", ".ply"):
@@ -52,26 +72,17 @@ def read_field(
                 f"{file}: there is no such file; a field is NAME.npz, or NAME.ply with NAME.npy beside it"
             )
     if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                missing = {"points", "vectors"} - set(file.files)
-                if missing:
-                    raise ScanNetError(path, min(missing), "are missing", _FIELD_REMEDY)
-                points, vectors = file["points"], file["vectors"]
-        except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
-            if isinstance(error, ScanNetError):
-                raise
-            raise ScanNetError(path, "file", f"is no archive of arrays ({error})", _FIELD_REMEDY) from None
+        found = read_npz(path, {"points": ("f", 2), "vectors": ("f", 2)}, _FIELD_REMEDY)
+        if (size := 3 * sum(array.nbytes for array in found.values())) > 10 * path.stat().st_size + 2**26:
+            problem = f"{path.stat().st_size:,} bytes would take {size:,}"  # half precision and twice that, of zeros
+            raise ScanNetError(path, "archive", problem, _FIELD_REMEDY)
     else:
-        points, vectors = read_ply(path).vertices, _array(files[1])
-    for file, name, array in ((files[0], "points", points), (files[-1], "vectors", vectors)):
-        if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating) or 0 in array.shape:
-            raise ScanNetError(file, name, f"are {array.dtype} of shape {array.shape}", _FIELD_REMEDY)
-        if not np.isfinite(array).all():
-            raise ScanNetError(file, name, "have a number that is not finite", _FIELD_REMEDY)
+        found = {"points": read_ply(path).vertices, "vectors": _mapped(files[1])}
+    points = _finite(found.pop("points"), np.float64, files[0], "points")
+    vectors = _finite(found.pop("vectors"), np.float32, files[-1], "vectors")
     if points.shape[1] != 3 or len(points) != len(vectors):
         raise ScanNetError(path, "points", f"are {points.shape}, the vectors {vectors.shape}", _FIELD_REMEDY)
-    return PointField(points.astype(np.float64), vectors.astype(np.float32))
+    return PointField(points, np.asarray(vectors))
 
 # %% ../../nbs/model/21_fields.ipynb #e22e3637
 @dataclass(frozen=True)

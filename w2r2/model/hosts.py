@@ -24,8 +24,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen3VLConfig,
 )
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
+from .adapter_files import load_adapters, make_host, read_adapter_settings, read_host_settings
 from .answer_tokens import add_bins, bin_ids
 from .conversations import byte_tokenizer
 from .vggt import Aggregator
@@ -277,24 +277,15 @@ def read_host(
     merge: bool = True,  # adapters into the matrices
     **asked,  # `dtype` and `attention` of `build_host`; else those of `HOST_FILE`, or the dtype as it was saved
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """What `save_host` wrote, in evaluation mode; raises ValueError for adapters of another model or with a number that
-    is not finite, and `ScanNetError` as `build_host`."""
-    path = Path(folder, HOST_FILE)
-    made_from = (parse_json(path.read_bytes(), path) if path.is_file() else {}) | asked
-    folder = path.parent
-    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+    """What `save_host` wrote, in evaluation mode; raises `ScanNetError` naming file and field or tensors for anything
+    that is not as it was saved, and as `build_host`."""
+    path, folder = Path(folder, HOST_FILE), Path(folder)
+    if not any((folder / name).is_file() for name in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)):
+        made_from = (read_host_settings(path) if path.is_file() else {}) | asked
         known = {name: made_from[name] for name in ("dtype", "attention") if name in made_from}
         return build_host(folder, **{"dtype": "auto"} | known)
-    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
-
-    model, tokenizer = build_host(**made_from)
-    about = PeftConfig.from_pretrained(folder)
+    model, tokenizer = make_host(path, build_host, **asked)
+    about = read_adapter_settings(folder)
     adapted = add_adapters(model, about.r, about.lora_alpha, about.lora_dropout, bin_ids(model, tokenizer))
-    found = load_file(folder / ADAPTER_SAFE_WEIGHTS_NAME)
-    try:
-        check_tensors(found, get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    except ValueError as error:
-        same = f"{ADAPTER_CONFIG_NAME} and {HOST_FILE} have to be those of the same training"
-        raise ValueError(f"{folder}: adapters; {same}; {error}") from None
-    set_peft_model_state_dict(adapted, found)
+    load_adapters(adapted, folder)
     return (adapted.merge_and_unload() if merge else adapted).eval(), tokenizer

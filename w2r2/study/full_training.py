@@ -23,7 +23,7 @@ from ..method.resuming import last_checkpoint, remove_checkpoint
 from ..method.sharding import launched_process
 from ..method.trainer import W2R2Config
 from ..model.answer_tokens import bin_ids, check_answers
-from ..model.conversations import ConversationCollator, Conversations, read_conversations
+from ..model.conversations import ConversationCollator, Conversations
 from ..model.geometry_cache import GeometryStore, write_geometry
 from ..model.hosts import HOST_FILE, add_adapters, build_host
 from ..model.memory import GIB, count_model, warn_of_memory
@@ -31,7 +31,7 @@ from ..model.shared_frames import SharedCollator, SharedConversations
 from ..scans.files import ScanNetError, atomic_write, parse_json, settle
 from .finetuning import Curves, Progress
 from ..tasks.answers import SCAN_BINS
-from ..tasks.record_files import record_path
+from ..tasks.record_files import read_conversations, record_path
 
 # %% ../../nbs/study/41_full_training.ipynb #00000005
 def host_arguments(settings: dict) -> dict:  # from `w2r2.study.full_settings.read_full_settings`

@@ -167,8 +167,9 @@ def build_records(
     train: bool = True,  # False: for an evaluation
     answers: str = "json",  # how boxes are said in VG-LLM's format: a key of `ANSWERS`, the bins are `SCAN_BINS`
 ) -> tuple[list[dict], Counter]:
-    """The records, and how many were left out and why; raises ValueError for an unknown format or way to say a box, and
-    `ScanNetError` for a scan that cannot be read."""
+    """The records, and how many were left out and why. What has several answers to learn, or is drawn several times,
+    has #2, #3 behind its `id`. Raises ValueError for an unknown format or way to say a box, and `ScanNetError` for a
+    scan that cannot be read."""
     if form not in FORMATS:
         raise ValueError(f"no format {form!r}; use one of {list(FORMATS)}")
     if answers not in ANSWERS:
@@ -187,6 +188,11 @@ def build_records(
                     told = _to_learn(sample, form, codec, poses) if train else [None]
                     left["the object is in no frame" if task == "scanrefer" else "no answer"] += not told
                     made += [FORMATS[form](sample, text, scan, chosen, **more) for text in told]
+    known = Counter()
+    for record in made:
+        known[name := record["id"]] += 1
+        if known[name] > 1:
+            record["id"] = f"{name}#{known[name]}"
     return made, +left
 
 
