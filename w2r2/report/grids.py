@@ -100,8 +100,8 @@ def number_text(
 ) -> str:
     "A number with its 95 % interval, and a mark for what that is over."
     value, low, high = (
-        f"{number:z.{digits}f}" for number in (row["value"], row["low"], row["high"])
-    )  # z: no minus before a zero
+        f"{round(number, digits + 2):z.{digits}f}" for number in (row["value"], row["low"], row["high"])
+    )  # rounded first, so that a tie falls the same way for a number read from a table; z: no minus before a zero
     return (
         "–"
         if value == "nan"
