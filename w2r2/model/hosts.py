@@ -24,6 +24,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen3VLConfig,
 )
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from .adapter_files import load_adapters, make_host, read_adapter_settings, read_host_settings
 from .answer_tokens import add_bins, bin_ids
