@@ -123,6 +123,14 @@ def test_two_launched_processes_train_what_one_trains(home, two):
     assert_alike(home / "one", two)
 
 
+def test_two_launched_processes_train_the_qwen3_vl_that_one_trains(home):
+    write_tiny_host(home / "qwen3", "qwen3_vl")
+    own = f"model.backbone={home / 'qwen3'}", f"model.weights3d={home / 'qwen3/vggt'}", "train.max_steps=10"
+    assert main(["finetune", *changes(home, "qwen3 one", *own, "train.gradient_accumulation_steps=2")]) == 0
+    finished(launched(2, "finetune", *changes(home, "qwen3 two", *own, "train.gradient_accumulation_steps=1")))
+    assert_alike(home / "qwen3 one", home / "qwen3 two")
+
+
 def test_two_launched_processes_train_the_adapters_that_one_trains(home):
     lora, steps = "model.lora={rank: 4, alpha: 8, dropout: 0.0}", "train.max_steps=4"
     given = changes(home, "lora one", lora, steps, "train.gradient_accumulation_steps=2")
