@@ -24,7 +24,6 @@ _BINS = {"views": _WHOLE, "count": _WHOLE | {"minimum": 2, "maximum": 10_000}, "
 _check_arguments = fastjsonschema.compile(
     {
         "type": "object",
-        "required": ["backbone"],
         "additionalProperties": False,
         "properties": {
             "backbone": {"type": "string", "minLength": 1},
@@ -63,6 +62,8 @@ def make_host(
 ) -> tuple:  # what it returns
     "The model that adapters belong to; raises `ScanNetError` for a malformed file, or one that describes no model."
     given = read_host_settings(path) | asked
+    if "backbone" not in given:
+        raise ScanNetError(path, "file", "it must contain 'backbone'", _TOGETHER)
     try:
         return make(**given)
     except (ValueError, OSError) as error:
