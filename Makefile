@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export MATPLOTLIBRC := $(CURDIR)/matplotlibrc
 
 .DEFAULT_GOAL := help
-.PHONY: help repro reference miniature test check campaign systems images bench-gpu notebooks readme docs lab hooks lock
+.PHONY: help repro reference miniature test check campaign systems bench-gpu notebooks readme docs lab hooks lock
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,11 +66,6 @@ campaign: $(READY) ## damaged files to every reader, faults at writes, kills of 
 systems: $(READY) ## every system of Tables 1 and 2 on 200 queries, with 3D and without, and its geometry card: the pages systems and cards of nbs/bench, rows in reports/systems
 	$(REPRO) prepare
 	for page in systems cards; do papermill --engine w2r2 --stderr-file /dev/stderr --no-progress-bar nbs/bench/$$page.ipynb nbs/bench/$$page.ipynb || exit 1; done
-	nbdev_clean
-
-images: $(READY) ## F3D from images alone (rooms-vggt) beside the sensor's: the page nbs/bench/images.ipynb, rows in reports/images
-	$(REPRO) prepare
-	papermill --engine w2r2 --stderr-file /dev/stderr --no-progress-bar nbs/bench/images.ipynb nbs/bench/images.ipynb
 	nbdev_clean
 
 SIZE ?= Qwen2.5-VL-3B
