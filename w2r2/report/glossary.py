@@ -27,7 +27,8 @@ GLOSSARY = {
         "said, picked": "an answer is a box that is said, in coordinates, or one that is picked among candidates",
         "candidate": "a box that can be picked: a true box, one of a detector, or one that depth shows",
         "one hop, two hops": "a candidate is picked by how well it fits the words alone (one hop), or also by how it "
-        "is placed relative to other objects that the words name (two hops)",
+        "is placed relative to other objects that the words name (two hops; three places for the objects that are "
+        "named)",
         "by words": "a candidate is picked as with two hops, but every word of the description may name an object",
         "2D first": "for the first half of its training a model has images alone; geometry comes in the second half",
         "proposal": "a box that looks like some object, found without knowing the description",

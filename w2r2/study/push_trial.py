@@ -55,13 +55,13 @@ def kept_by_2d(
     figures: pd.DataFrame,  # from `read_trial`
     metric: str = "Acc@0.25",
     arm: str = "plain",
-) -> pd.DataFrame:  # by regime: boxes that are picked, hops that the pick reads, fused, 2d [0..1], share, seeds
+) -> pd.DataFrame:  # by regime: boxes that are picked, whether the pick reads relations, fused, 2d [0..1], share, seeds
     "What the 2D-only pass keeps of the accuracy of the fused one."
     rows = figures[(figures["split"] == "test") & (figures["metric"] == metric) & (figures["arm"] == arm)]
     found = rows.pivot_table(index="regime", columns="pass", values="value", sort=False)[["fused", "2d"]]
     found = found.assign(share=found["2d"] / found["fused"], seeds=rows.groupby("regime")["seeds"].first())
     found.insert(0, "boxes", rows.groupby("regime")["proposals"].first())
-    found.insert(1, "hops", [1 if "one hop" in regime else 3 for regime in found.index])
+    found.insert(1, "reads relations", ["no" if "one hop" in regime else "yes" for regime in found.index])
     return found
 
 
