@@ -20,7 +20,8 @@ def test_a_tenth_of_the_campaign(tmp_path):
     table, failures = run.campaign(20_000, 0, tmp_path)
     assert not failures
     assert table.inputs.sum() >= 20_000 and table.harmless.sum() > 2000
-    assert (table.refused[table.inputs >= 20] > 0).all()
+    strict = table[(table.inputs >= 20) & (table.reader != "evaluation that goes on")]  # it asks again instead
+    assert (strict.refused > 0).all()
     assert (table["slowest [s]"] < run.SECONDS).all()
 
 

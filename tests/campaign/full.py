@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from campaign.answered import LINES, ROOT, TREE, frame_rows, sample_of, table_rows
 from campaign.mutators import on_bytes, on_json
-from campaign.sources import changed, once
+from campaign.sources import changed
 from campaign.targets import (
     SAMPLES,
     Target,
@@ -38,7 +37,6 @@ from w2r2.model.detector import Detector
 from w2r2.model.fields import read_field
 from w2r2.model.hosts import add_adapters, build_host, read_host, save_host, write_tiny_host
 from w2r2.model.vggt_model import VGGT, load_vggt, save_vggt
-from w2r2.report.claims import read_paper
 from w2r2.report.measured_systems import read_systems
 from w2r2.scans.ply import Mesh, write_ply
 from w2r2.study.full_evaluation import _answered
@@ -173,21 +171,6 @@ def answered_touched(name, original, damaged):
     return found
 
 
-def paper_units(data: bytes) -> dict:
-    "Leaves; a key that is there twice has no valid reading."
-
-    def check(node):
-        if isinstance(node, yaml.MappingNode):
-            once((key.value, None) for key, _ in node.value)
-            [check(value) for _, value in node.value]
-        if isinstance(node, yaml.SequenceNode):
-            [check(value) for value in node.value]
-
-    text = data.decode()
-    check(yaml.compose(text, yaml.CSafeLoader))
-    return leaves(yaml.load(text, yaml.CSafeLoader))
-
-
 def make_full(folder: Path) -> list[Target]:
     "Targets with their originals below the folder."
     targets = []
@@ -293,13 +276,6 @@ def make_full(folder: Path) -> list[Target]:
         return {key: told(value) for key, value in _answered(at / "answers.jsonl", ABOUT).items()}
 
     targets.append(Target(at.name, at, ["answers.jsonl"], kept, answered_touched, [on_line, *LINES]))
-
-    at = place("the paper's numbers")
-    shutil.copy(ROOT / "data/paper.yaml", at / "paper.yaml")
-    paper = by_units(paper_units)
-    targets.append(
-        Target(at.name, at, ["paper.yaml"], lambda at: leaves(read_paper(at / "paper.yaml")), paper, LINES, 0.05)
-    )
     return targets
 
 
