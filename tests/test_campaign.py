@@ -3,9 +3,12 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from campaign import faults, run
 from campaign.targets import Target, json_units
@@ -16,9 +19,24 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 def test_a_tenth_of_the_campaign(tmp_path):
     table, failures = run.campaign(20_000, 0, tmp_path)
     assert not failures
-    assert table.inputs.sum() >= 19_980 and table.harmless.sum() > 2000
-    assert (table.refused[table.inputs >= 20] > 0).all()
+    assert table.inputs.sum() >= 20_000 and table.harmless.sum() > 2000
+    strict = table[(table.inputs >= 20) & (table.reader != "evaluation that goes on")]  # it asks again instead
+    assert (strict.refused > 0).all()
     assert (table["slowest [s]"] < run.SECONDS).all()
+
+
+def test_rows_of_readers_that_are_not_run_stay(tmp_path):
+    header = "reader,inputs,refused,harmless,silent,crashed,hung,memory,proved,slowest [s],peak memory [MB],seed\n"
+    (tmp_path / "inputs.csv").write_text(header + "split,7,3,2,0,2,0,0,True,0.1,1,5\nold,9,4,5,0,0,0,0,False,0.1,1,5\n")
+    failures = [{"reader": "old", "number": 1}, {"reader": "split", "number": 2}]
+    (tmp_path / "failures.jsonl").write_text("".join(json.dumps(failure) + "\n" for failure in failures))
+    command = [sys.executable, run.__file__, "--inputs", "21", "--only", "split", "leaderb", "--reports", tmp_path]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    table = pd.read_csv(tmp_path / "inputs.csv", index_col="reader")
+    assert table.index.tolist() == ["old", "split", "proposals of a split", "leaderboard"]
+    assert table.inputs.tolist()[0] == 9 and table.inputs.iloc[1:].sum() >= 21 and table.seed.tolist() == [5, 0, 0, 0]
+    assert table.proved.tolist() == [False, True, True, True]
+    assert json.loads((tmp_path / "failures.jsonl").read_text()) == failures[0]
 
 
 def test_a_campaign_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
@@ -36,9 +54,9 @@ def test_a_campaign_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 
 def test_kills_full_disks_and_a_moved_clock_change_nothing(tmp_path):
-    table, differing = faults.campaign(5, 4, 1, tmp_path)
+    table, differing = faults.campaign(20, 5, 1, tmp_path)
     assert not differing and table.told.all() and not table.lost.any()
-    assert {"killed", "error"} <= set(table.outcome)
+    assert (table.outcome == "killed").sum() == 20 and (table.outcome == "error").sum() == 5
 
 
 def careless(folder):

@@ -13,6 +13,7 @@ from w2r2.model.fields import read_field
 from w2r2.model.hosts import add_adapters, build_host, read_host, save_host, write_tiny_host
 from w2r2.scans.files import ScanNetError
 from w2r2.scans.ply import Mesh, write_ply
+from w2r2.study.full_evaluation import _answered
 from w2r2.tasks.messages import build_records
 from w2r2.tasks.record_files import read_conversations
 from w2r2.tasks.samples import read_scanqa, read_scanrefer
@@ -149,3 +150,12 @@ def test_adapters_that_are_whole_are_read(adapters, tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ScanNetError, match="adapter_model.safetensors: file: missing"):
         read_host(folder)
+
+
+def test_an_evaluation_goes_on_with_the_lines_that_are_whole(tmp_path):
+    about, path = {"longest": 128, "frames": 2}, tmp_path / "answers.jsonl"
+    row = {"id": "a", "text": "a chair", "asked": about}
+    whole = json.dumps(row)
+    wrong = "[]", "7", "{}", whole[:-1] + ', "id": "b"}', json.dumps(row | {"id": 7}), json.dumps(row | {"text": None})
+    path.write_text("\n".join([whole.replace('"a"', '"c"'), *wrong, json.dumps(row | {"asked": {}}), whole[:20]]))
+    assert _answered(path, about) == {"c": "a chair"}

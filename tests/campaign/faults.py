@@ -201,7 +201,7 @@ def campaign(
     kills: int, full: int, seed: int, home: Path, tell=lambda table, differing: None
 ) -> tuple[pd.DataFrame, list[str]]:
     """A line for each fault; and the files that differ from an undisturbed run, of every flow that came through. `tell`
-    hears of both each time that one did."""
+    hears of both each time that one did. A fault that the flow was through before is not counted: another is drawn."""
     whole, folder, rows, differing = home / "whole", home / "flow", [], []
     outcome, said, trace = run(whole)
     assert outcome == "done", trace
@@ -230,6 +230,8 @@ def campaign(
         rows.append(
             row | {"said": said.replace(str(home), "…")[:120], "told": told, "lost": " ".join(lost), "seed": seed}
         )
+        if outcome == "done":
+            plan.append(fault)
         if outcome == "done" or number == len(plan) - 1:
             if outcome != "done":
                 outcome, said, trace = run(folder)

@@ -1,9 +1,11 @@
 """Damage, read, compare: python -m campaign.run --inputs 200000 --seed 0. Every input follows from the seed, its reader
-and its number. inputs.csv has a line for each reader, failures.jsonl one for each input that failed."""
+and its number. inputs.csv has a line for each reader, failures.jsonl one for each input that failed; with --only, both
+keep what they have of the readers that are not run."""
 
 import argparse
 import gc
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -18,6 +20,7 @@ from pathlib import Path
 import limited
 import pandas as pd
 from campaign.answered import make_answered
+from campaign.full import make_full
 from campaign.sources import make_sources
 from campaign.targets import ALL, Target, make
 
@@ -27,7 +30,7 @@ SECONDS, BATCH = 10.0, 200  # of a processor: a reader that takes longer hangs; 
 PATIENCE = 6  # times as long by the clock, on a machine that has other things to do
 OUTCOMES = ["refused", "harmless", "silent", "crashed", "hung", "memory"]
 CLEAN = ScanNetError, FileNotFoundError
-MAKERS = make, make_sources, make_answered  # of the targets
+MAKERS = make, make_sources, make_answered, make_full  # of the targets
 
 
 class Hung(BaseException):
@@ -153,6 +156,7 @@ class Tally:
     reader: str
     inputs: int = 0
     kinds: dict = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    proved: bool = True  # of what was harmless; False: a changed result of a changed file counts, whatever it is
     seconds: float = 0.0  # the slowest
     peak: float = 0.0  # bytes
     failures: list[dict] = field(default_factory=list)
@@ -165,12 +169,12 @@ class Tally:
 
     def row(self) -> dict:
         measured = {"slowest [s]": self.seconds, "peak memory [MB]": self.peak / 2**20}
-        return {"reader": self.reader, "inputs": self.inputs, **self.kinds, **measured}
+        return {"reader": self.reader, "inputs": self.inputs, **self.kinds, "proved": self.proved, **measured}
 
 
 def tally(target: Target, seed: int, numbers: list[int]) -> Tally:
     "A batch of inputs, counted."
-    found = Tally(target.name, len(numbers))
+    found = Tally(target.name, len(numbers), proved=target.proved)
     for number, (name, outcome, why, seconds, peak, _) in batch(target, seed, numbers):
         found.kinds[outcome] += 1
         found.seconds, found.peak = max(found.seconds, seconds), max(found.peak, peak)
@@ -181,21 +185,21 @@ def tally(target: Target, seed: int, numbers: list[int]) -> Tally:
 
 
 def campaign(
-    inputs: int, seed: int, folder: Path, only: str = "", state: Path | None = None, tell=lambda table, failures: None
+    inputs: int, seed: int, folder: Path, only: list[str] = [""], state: Path | None = None, tell=lambda *found: None
 ) -> tuple[pd.DataFrame, list[dict]]:
-    """A line for each reader, and the inputs that failed. Batches of all readers take turns; those that `state` has are
-    not done again, and `tell` hears of the others now and then."""
-    targets = [target for part in MAKERS for target in part(folder) if only in target.name]
+    """A line for each reader whose name has one of the words, and the inputs that failed. Batches of all readers take
+    turns; those that `state` has are not done again, and `tell` hears of the others now and then."""
+    targets = [target for part in MAKERS for target in part(folder) if any(word in target.name for word in only)]
     total, plan = sum(target.share for target in targets), []
     for target in targets:
-        count = max(1, round(inputs * target.share / total))
+        count = math.ceil(inputs * target.share / total)
         for first in range(0, count, BATCH):
             plan.append((first / count, target, list(range(first, min(first + BATCH, count)))))
     done = {}
     if state is not None and state.is_file():
         lines = [line for line in state.read_text().splitlines() if line.endswith("}")]  # the last may be cut
         done = {(entry["reader"], *entry["numbers"]): Tally(**entry["tally"]) for entry in map(json.loads, lines)}
-    tallies = {target.name: Tally(target.name) for target in targets}
+    tallies = {target.name: Tally(target.name, proved=target.proved) for target in targets}
 
     def told() -> tuple[pd.DataFrame, list[dict]]:
         failures = [failure for found in tallies.values() for failure in found.failures]
@@ -221,17 +225,25 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="readers whose name has this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORD", help="readers whose name has one of these; other rows stay"
+    )
     parser.add_argument("--state", type=Path, help="file of what is done, from which a campaign goes on")
     parser.add_argument("--reports", type=Path, default=Path("reports/campaign"))
     options = parser.parse_args()
     options.reports.mkdir(parents=True, exist_ok=True)
 
+    table_file, failures_file = options.reports / "inputs.csv", options.reports / "failures.jsonl"
+    known = pd.read_csv(table_file) if options.only != [""] and table_file.is_file() else pd.DataFrame({"reader": []})
+    failed = [json.loads(line) for line in failures_file.read_text().splitlines()] if len(known) else []
+
     def write(table, failures):
         print(f"{table.inputs.sum():,} inputs, {len(failures)} failed", flush=True)
-        table.assign(seed=options.seed).to_csv(options.reports / "inputs.csv", index=False, float_format="%.3g")
-        text = "".join(json.dumps(failure) + "\n" for failure in failures)
-        (options.reports / "failures.jsonl").write_text(text)
+        run = set(table.reader)
+        whole = pd.concat([known[~known.reader.isin(run)], table.assign(seed=options.seed)])
+        whole.to_csv(table_file, index=False, float_format="%.3g")
+        both = [failure for failure in failed if failure["reader"] not in run] + failures
+        failures_file.write_text("".join(json.dumps(failure) + "\n" for failure in both))
 
     with tempfile.TemporaryDirectory() as folder:
         write(*campaign(options.inputs, options.seed, Path(folder), options.only, options.state, write))

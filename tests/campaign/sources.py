@@ -389,4 +389,7 @@ def make_sources(folder: Path) -> list[Target]:
     place.mkdir()
     write_posed(place, rows, K)
     files = [file for file in store_files(place) if not file.endswith(".png")]
-    return [*targets, Target("import", place, files, imported, lambda *_: ALL, [by_kind, by_kind, on_bytes], 0.1)]
+    return [
+        *targets,
+        Target("import", place, files, imported, lambda *_: ALL, [by_kind, by_kind, on_bytes], 0.1, False),
+    ]

@@ -59,6 +59,7 @@ class Target:
     touched: Callable[[str, bytes, bytes], set | str | None] = lambda *_: set()
     mutators: list[Callable] = field(default_factory=lambda: [on_bytes])
     share: float = 1.0  # of inputs, for a reader that takes long
+    proved: bool = True  # False: `touched` says ALL of any damage, so that what is harmless is not proved
 
 
 # Independent readings: as simple as can be

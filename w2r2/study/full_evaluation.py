@@ -6,6 +6,7 @@
 __all__ = ['prediction_files', 'evaluate_host']
 
 # %% ../../nbs/study/43_full_evaluation.ipynb #00000002
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..metrics.scoring import Score, score
 from ..model.answer_tokens import check_answers
 from ..model.hosts import read_host
 from ..scans.annotations import LabelTable
-from ..scans.files import atomic_write
+from ..scans.files import ScanNetError, atomic_write, parse_json
 from .full_training import finished_run, read_all_records
 from .host_answers import answer_records, said_box
 from ..tasks.record_files import benchmark_file
@@ -27,15 +28,14 @@ _KEYS = "scene_id", "object_id", "ann_id"
 
 
 def _answered(path: Path, about: dict) -> dict[str, str]:
-    "Answers of an evaluation of the same kind, by record; a line that was cut off is not one."
+    "Answers of an evaluation of the same kind, by record; a line that was cut off, or is damaged, is not one."
     found = {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row.get("asked") == about:
-            found[row["id"]] = row["text"]
+        with contextlib.suppress(ScanNetError):  # asked again
+            row = parse_json(line, path)
+            if isinstance(row, dict) and row.keys() == {"id", "text", "asked"} and row["asked"] == about:
+                if isinstance(row["id"], str) and isinstance(row["text"], str):
+                    found[row["id"]] = row["text"]
     return found
 
 
