@@ -47,8 +47,10 @@ GLOSSARY = {
         "features": "direct, with the stop-gradient moved to the visual tokens",
         "score": "Eq. 6 of the decoded answer, as the cost of a policy gradient",
         "agreement": "a fused answer pays for being near a coarse 2D-only answer",
-        "reweight": "queries that the 2D-only pass can answer get another weight in the loss",
-        "poe": "product of experts: the loss sees the product of the fused and the 2D-only prediction; no hinge",
+        "reweight": "queries that the 2D-only pass can answer get another weight in the loss; here this is added "
+        "to Eq. 2, on one scene in push_every, where its source puts it in place of Eq. 2",
+        "poe": "product of experts: the loss sees the product of the fused and the 2D-only prediction; no hinge; "
+        "added to Eq. 2 as reweight is",
         "whatwhere": "the 2D-only pass may say what; its distributions over coordinates are pushed flat; no hinge",
         "counterfactual": "the hinge of direct, on the box that still fits the old target though the geometry was "
         "moved",
