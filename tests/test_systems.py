@@ -329,8 +329,8 @@ def test_a_split_goes_on_after_its_budget_and_is_scored(scan, server, tmp_path, 
     capsys.readouterr()
     truth = ["--annotations", str(out / "scanrefer_truth.jsonl"), "--benchmark", "scanrefer", "--protocol", "scanrefer"]
     assert main(["score", str(out / "scanrefer.jsonl"), *truth, "--json"]) == 0
-    rows = {row["metric"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
-    assert rows["Acc@0.25"]["n"] == 3 and rows["Acc@0.25"]["value"] >= 2 / 3 * 100 - 1e-6
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["Acc@0.25"]["n"] == 3 and rows["Acc@0.25"]["value"] > 0.6
 
 
 def test_models_go_where_pytorch_has_a_gpu(tmp_path, monkeypatch):

@@ -153,7 +153,11 @@ def predict_by_system(
         print(f"{unknown[0]} has no annotations, so no true boxes are written", file=sys.stderr)
     else:
         write_release_answers({"scanrefer_truth": described_boxes(root, split, records)}, out)
-    path = answer_split(asked, records, root, out, inputs, about, progress_bar("scenes"))
+
+    def tell(done: int, of: int):  # whole lines: a bar would stand before the line of an error
+        print(f"{done} of {of} scenes are complete", file=sys.stderr)
+
+    path = answer_split(asked, records, root, out, inputs, about, tell)
     print(f"{printable(out)}: {path.name}" + ("" if unknown else ", scanrefer_truth.jsonl"))
 
 
@@ -203,7 +207,7 @@ def run_predict(
         if blind:
             raise ValueError("--blind is without --system; a system has --inputs")
         asked = system_from(system, model, vlm, url, store, budget, **parts)
-        named = {"system": system, "model": str(model), "vlm": vlm, "url": url}
+        named = {"system": system, "model": str(model), "vlm": vlm, "root": str(root)}
         about = named | {part: value for part, value in parts.items() if value is not None}
         return predict_by_system(asked, out, root, split, subset, inputs, about)
     if given := [f"--{part}" for part, value in ({"subset": subset} | parts).items() if value is not None]:

@@ -125,18 +125,18 @@ def system_from(
 
 
 def most_asked(
-    system,  # a zero-shot one; others have no `most_calls`
+    system,  # a zero-shot one; others have no `most_pictures`
     frames: list[int],  # of the scan of each description, with or without a pose
 ) -> str:  # "" for a system that asks no VLM
     "What descriptions can cost, in words."
     from w2r2.systems.projection import MOST_FRAMES
 
-    if not (calls := getattr(system, "most_calls", 0)):
+    if not hasattr(system, "most_pictures"):
         return ""
     read = [-(-count // system.skip) if system.skip else min(count, MOST_FRAMES) for count in frames]
-    pictures = sum(map(system.most_pictures, read))
+    questions, pictures = system.most_calls * len(frames), sum(map(system.most_pictures, read))
     shown = f"{pictures} picture{'s' * (pictures != 1)}"
     return (
-        f"at most {calls * len(frames)} questions to {system.vlm.name}, with at most {shown}; each is asked again up "
+        f"at most {questions} questions to {system.vlm.name}, with at most {shown}; each is asked again up "
         "to twice if its answer cannot be read"
     )
