@@ -399,7 +399,7 @@ def overlap(box: list[float], other: list[float]) -> float:
 
 def score_units(data: bytes, truth: list[dict]) -> dict:
     """Every figure, worked out by hand: which overlaps are below, at or above its threshold. A description that is not
-    answered has none, and an answer to none is left out."""
+    answered has none."""
     names = "scene_id", "object_id", "ann_id"
     boxes = once((tuple(str(row[name]) for name in names), row["bbox"]) for row in strict(data))
     overlaps = {}
@@ -412,7 +412,7 @@ def score_units(data: bytes, truth: list[dict]) -> dict:
             right = repr([float(np.sign(round(value - least, 9))) for value, kind in overlaps.values() if kind in of])
             name = f"Acc@{least}{group}"
             found |= {name: right, f"{name}{',' * bool(group)} not others": right}
-            if not group:  # has a note of those without an answer
+            if not group:  # an answer to no description is a wrong one among all, and in no subset
                 found[name] += repr(len(boxes))
     return found
 
