@@ -139,6 +139,7 @@ def test_what_a_killed_build_of_rooms_left_is_removed(tmp_path):
     record.rename(record.with_name(f".{record.name}.123.part"))  # killed as it was written, and others before
     (scene / f".{scene.name}.sens.12.part").write_bytes(b"half")
     (again / "scanqa" / ".ScanQA_v1.0_val.json.7.part").write_bytes(b"half")
+    (again / ".scannetv2-labels.combined.tsv.7.part").write_bytes(b"half")
     rooms.build(again, "val", share=1 / 130)
     files = [
         {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}

@@ -180,6 +180,7 @@ def campaign(kills: int, seed: int, minutes: float, most: float, work: Path, rep
     found = pd.read_csv(passes)
     summary = found.groupby("part").agg(files=("same", "size"), same=("same", "sum")).reset_index()
     summary.assign(passes=found.kill.nunique(), kills=len(rows), seed=seed).to_csv(reports / "bytes.csv", index=False)
+    found[~found.same].to_csv(reports / "differing.csv", index=False)
     print(summary.to_string(), found[~found.same].to_string(), sep="\n")
 
 

@@ -176,6 +176,7 @@ def build(
         (root / name).mkdir(parents=True, exist_ok=True)
     for name in ("splits", "scanrefer", "scanqa"):
         remove_parts(root / name, f"*_{split}.*")
+    remove_parts(root, "scannetv2-labels.combined.tsv.*")
     label_table(recipes).write(root / "scannetv2-labels.combined.tsv")
     scenes = Parallel(workers, return_as="generator")(
         delayed(_build_scene)(root, n, split, folder, mark) for n in numbers
