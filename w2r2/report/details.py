@@ -15,7 +15,7 @@ from .audit import GAIN, LOSS, judged, peak
 from .claims import read_paper
 from .findings import left_without_3d
 from .headline import SETTINGS, in_words
-from .intervals import contrast, in_percent, one_decimal, points_text
+from .intervals import as_points, contrast, in_percent, one_decimal, points_text
 from .results import noisiest, read_results, select
 from .tables import CAMERA, at_defaults
 from ..scans.files import ScanNetError
@@ -23,10 +23,6 @@ from ..study.push_trial import acting, kept_by_2d, read_trial
 
 # %% ../../nbs/report/20_details.ipynb #d9d29295
 SETS_TOLD = "push", "report", "found", "ours", "words"  # of stage trial
-
-
-def _points(found) -> pd.Series:
-    return 100 * pd.Series({name: getattr(found, name) for name in ("value", "low", "high")})
 
 
 def _one(rows: pd.DataFrame, what: str) -> pd.Series:
@@ -55,7 +51,7 @@ class _Told:
 
     def less(self, rows, a, b, **choice):
         "Of two arms, in points."
-        return _points(contrast(select(rows, **choice), {"arm": a}, {"arm": b}))
+        return as_points(contrast(select(rows, **choice), {"arm": a}, {"arm": b}))
 
     def figure(self, which, regime, arm, given, metric="Acc@0.25", split="test"):
         rows = select(self.trial["figures"], set=which, regime=regime, arm=arm, metric=metric, split=split)
@@ -63,7 +59,7 @@ class _Told:
 
     def picked(self, which, regime, arm, given, kind="all", split="test"):
         rows = select(self.trial["differences"], set=which, regime=regime, arm=arm, kind=kind, split=split)
-        return _points(_one(select(rows, **{"pass": given}), f"{arm} in {regime}, {given}"))
+        return as_points(_one(select(rows, **{"pass": given}), f"{arm} in {regime}, {given}"))
 
 # %% ../../nbs/report/20_details.ipynb #818dc2c0
 def picture_caption(
@@ -91,7 +87,7 @@ def _premise(told: _Told) -> str:
     left = left_without_3d(told.results)
     left = select(left, metric="Acc@0.25", refined="no").set_index("noise").left
     spoken = [
-        _points(
+        as_points(
             contrast(
                 select(told.results, arm="plain", split="test", noise=told.noise, task=task, metric=metric),
                 {"pass": "2d"},
@@ -179,7 +175,7 @@ def _brightness(told: _Told) -> str:
     right = [f"{in_percent(row)} % where the object {name}" for row, name in zip(own, kinds.values())]
     rows = select(told.trial["differences"], regime="biased", kind=list(kinds), split="test", **{"pass": "fused"})
     apart = rows[(rows.low > 0) | (rows.high < 0)]
-    changed = [f"{row.arm} ({row.kind}: {in_words(_points(row))})" for row in apart.itertuples()]
+    changed = [f"{row.arm} ({row.kind}: {in_words(as_points(row))})" for row in apart.itertuples()]
     return (
         "**Where brightness gives the training answers away**, plain fine-tuning uses brightness although it has the "
         f"geometry: it is right on {_listed(right)}. "

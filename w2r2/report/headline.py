@@ -14,11 +14,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..metrics.statistics import Difference
 from .audit import EQUAL, EQUIVALENCE, GAIN, LOSS, NO_GAIN, OPEN, judged
 from .claims import hinge_gradient, read_paper
 from .figures import styled
-from .intervals import cells, contrast, points_text, scene_rows
+from .intervals import as_points, cells, contrast, points_text, scene_rows
 from .results import noisiest, read_results, select
 from .tables import CAMERA, at_defaults
 from ..scans.files import ScanNetError
@@ -35,10 +34,6 @@ SETTINGS = {
 }
 ROLES = {"plain": "plain", "direct": "W2R2"}  # other arms: best
 SETS = "report", "push"  # of params.yaml, trial.sets, that the picks of these settings are from
-
-
-def _in_points(d: Difference) -> pd.Series:
-    return 100 * pd.Series({name: getattr(d, name) for name in ("value", "low", "high")})
 
 
 def _first(rows: pd.DataFrame, reports: Path, what: str) -> pd.Series:
@@ -98,7 +93,7 @@ def headline(
                 fused = select(compared, metric="Acc@0.25", noise=regime, where="test", arm=arm, against="plain")
                 fused = _first(fused, reports, f"{arm} against plain")
                 changes.append({"arm": arm, "pass": "fused"} | dict(fused[["value", "low", "high"]]))
-                changes.append({"arm": arm, "pass": "2d"} | dict(_in_points(alone)))
+                changes.append({"arm": arm, "pass": "2d"} | dict(as_points(alone)))
             changes = pd.DataFrame(changes)
         else:
             val = select(runs, regime=regime, split="val", metric="Acc@0.25", **{"pass": "fused"})
@@ -202,11 +197,11 @@ def headline_comparisons(
 
     def moved(splits):
         long = select(grounding, split=splits)
-        return _in_points(contrast(long, {"arm": "intervention long"}, {"arm": "plain long"}))
+        return as_points(contrast(long, {"arm": "intervention long"}, {"arm": "plain long"}))
 
     def spoken(task, metric):
         said = select(at_noise, task=task, metric=metric, split="test")
-        return _in_points(contrast(said, {"arm": "direct"}, {"arm": "plain"}))
+        return as_points(contrast(said, {"arm": "direct"}, {"arm": "plain"}))
 
     steps = noisy.groupby("arm").steps.first()
     longer = contrast(noisy, {"arm": "plain long"}, {"arm": "plain"})
@@ -223,7 +218,7 @@ def headline_comparisons(
         "2d": w2r2[w2r2["pass"] == "2d"],
         "answers": spoken("scanqa", "EM@1"),
         "captions": spoken("scan2cap", "CIDEr@0.5"),
-        "longer": _in_points(longer),
+        "longer": as_points(longer),
         "over": _over(noisy[noisy.arm.isin(["plain", "plain long"])]),
         "times": steps["plain long"] / steps["plain"],
         "shifted": _first(select(compared, where="shifted"), reports, "intervention long, shifted"),
@@ -233,7 +228,7 @@ def headline_comparisons(
         "val": _first(select(compared, where="val"), reports, "intervention long, val"),
         "same": _first(select(compared, where="test"), reports, "intervention long, test"),
         "strong": 100 * _first(select(strong, **{"pass": "fused"}), reports, "strong intervention")[figures],
-        "control": _in_points(control),
+        "control": as_points(control),
         "control over": _over(picks),
         "seeds": results[results.arm.isin(accuracies.arm)].groupby(["arm", "noise"]).seed.nunique(),
     }

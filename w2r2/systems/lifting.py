@@ -18,7 +18,7 @@ from ..scans.cameras import back_project, project
 from ..scans.files import ScanNetError
 from ..scans.scan import Scan
 from ..shipped import DATA
-from .projection import Shots, read_shots, rectangle_iou
+from .projection import Shots, per_scan, read_shots, rectangle_iou
 
 # %% ../../nbs/systems/09_lifting.ipynb #00000005
 def without_outliers(
@@ -123,6 +123,7 @@ def visual_hull(
 _TABLE = "scannetv2-labels.combined.tsv"
 
 
+@per_scan
 def learning_release(
     scan: Scan,
 ) -> tuple[Path, str]:  # root of a release, name of its split
